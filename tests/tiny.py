@@ -21,6 +21,26 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+GPT2_SIZES = {"vocab_size": 48, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+MHA_SIZES = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4}
+SIZES_OF: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": GPT2_SIZES,
+    "GPTBigCodeForCausalLM": GPT2_SIZES,
+    "GPTJForCausalLM": {**GPT2_SIZES, "rotary_dim": 4},
+    "GPTNeoForCausalLM": {
+        **{"vocab_size": 48, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "max_position_embeddings": 64},
+        **{"attention_types": [[["global", "local", "local"], 1]], "window_size": 5},
+    },
+    "GPTNeoXForCausalLM": MHA_SIZES,
+    "OPTForCausalLM": {**{k: v for k, v in MHA_SIZES.items() if k != "intermediate_size"}, "ffn_dim": 40},
+    "BloomForCausalLM": {"vocab_size": 48, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+    "MixtralForCausalLM": {**SIZES, "num_experts_per_tok": 2, "num_local_experts": 4},
+    "Qwen3MoeForCausalLM": {**SIZES, **EXPERTS, "moe_intermediate_size": 24, "head_dim": 16},
+    "OlmoeForCausalLM": {**SIZES, **EXPERTS},
+    "GptOssForCausalLM": {**SIZES, "num_experts_per_tok": 2, "num_local_experts": 4, "head_dim": 16},
+}
+"""Sizes of architectures that are not spelled as Llama's are."""
 
 
 def tiny_tokenizer(*, add_bos: bool = True) -> Any:
@@ -46,7 +66,7 @@ def tiny_hf_model(architecture: str = "LlamaForCausalLM", *, seed: int = 0, **co
     import transformers
 
     model_class = getattr(transformers, architecture)
-    model = model_class(model_class.config_class(**{**SIZES, **config}))
+    model = model_class(model_class.config_class(**{**SIZES_OF.get(architecture, SIZES), **config}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -65,7 +85,7 @@ def write_checkpoint(
     max_shard_size: str = "1GB",
     **config: Any,
 ) -> Path:
-    """Write a tiny random checkpoint with tokenizer; `config` overrides `SIZES` and whatever the architecture takes."""
+    """Write a tiny random checkpoint with tokenizer; `config` overrides the sizes and whatever the architecture takes."""
     tiny_hf_model(architecture, seed=seed, **config).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     tiny_tokenizer(add_bos=add_bos).save_pretrained(folder)
     return folder

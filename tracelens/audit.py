@@ -80,8 +80,10 @@ class Audit:
     """Compares a quantized model with its reference.
 
     Args:
-        base_model: the reference: a name, a folder or a hooked model.
-        quant_model: the quantized model, likewise. Without it, `precision` is simulated on the reference.
+        base_model: the reference: whatever `load` takes, such as a folder, the id of a model on the hub, or a hooked
+            model.
+        quant_model: the quantized model, likewise; a quantized checkpoint is dequantized exactly. Without it,
+            `precision` is simulated on the reference.
         precision: a precision to simulate, such as "int4-g32"; on `quant_model` if there is one.
         tokenizer: in place of the models' own.
         dtype, device: what both models are loaded with.
@@ -111,7 +113,7 @@ class Audit:
         same = quant_model is None or quant_model is base_model or (
             isinstance(quant_model, str | Path) and str(quant_model) == str(base_model)
         )  # fmt: skip
-        quantized = self.reference if same else load(quant_model, dtype=dtype, device=device)
+        quantized = self.reference if same else load(quant_model, dtype=dtype, device=device, share=self.reference)
         check_finite(self.reference, "reference")
         check_finite(quantized, "quantized model")
         if self.precision is not None:

@@ -310,6 +310,20 @@ class PrecisionPair:
         self.reference, self.quantized = reference, quantized
         self.tokenizer = reference.tokenizer if tokenizer is None else tokenizer
 
+    @classmethod
+    def load(cls, reference: Any, quantized: Any, *, tokenizer: Any = None, **options: Any) -> "PrecisionPair":
+        """The pair of two checkpoints, such as a model and its GPTQ build, whatever `tracelens.load` takes.
+
+        `options` are those of `tracelens.load` and hold for both. Tensors that quantization left alone are held once,
+        by both models: edit neither in place. Raises what `load` raises, and `PairMismatchError`.
+        """
+        from tracelens.loading import load
+
+        ours = load(reference, **options)
+        if options.get("wrapper", "hooked") == "hooked":
+            options = {**options, "share": ours}
+        return cls(ours, load(quantized, **options), tokenizer=tokenizer)
+
     @property
     def settings(self) -> dict[str, str]:
         """What the two models share, for the record: shape, normalisation, BOS, dtype, device."""

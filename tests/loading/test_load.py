@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tests.tiny as tiny
 from tests.tiny import write_checkpoint
@@ -13,6 +14,7 @@ from tracelens.errors import (
     UnknownNameError,
     UnsupportedArchitectureError,
 )
+from tracelens.loading import Checkpoint
 
 
 def edit_config(folder: Path, **changes) -> Path:
@@ -153,16 +155,31 @@ def test_a_model_without_hook_points_is_refused():
 
 
 def test_unknown_wrapper_and_dtype_list_what_exists(tiny_folder):
-    with pytest.raises(UnknownNameError, match=r"unknown wrapper 'bridge'.* Known: hooked"):
-        load(tiny_folder, wrapper="bridge")
+    with pytest.raises(UnknownNameError, match=r"unknown wrapper 'bridged'.*Did you mean 'bridge'.* Known: hooked, br"):
+        load(tiny_folder, wrapper="bridged")
     with pytest.raises(UnknownNameError, match=r"unknown dtype 'torch.int8'.* Known: torch.float32"):
         load(tiny_folder, dtype=torch.int8)
 
 
+def test_a_checkpoint_that_is_open_can_be_loaded(tiny_folder, tiny_model):
+    ids = torch.arange(4, 20)[None]
+    assert torch.equal(load(Checkpoint(tiny_folder))(ids), tiny_model(ids))
+
+
 def test_a_missing_folder_says_what_to_give(tmp_path, no_network):
-    for source in (tmp_path / "nothing", "meta-llama/Llama-3.1-8B"):
-        with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint folder at .*hf download"):
-            load(source)
+    with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint folder at .*\.gguf file.*hub.*'organism'"):
+        load(tmp_path / "nothing")
+
+
+def test_the_context_can_be_cut_and_stretched(tiny_folder, tiny_model):
+    ids = torch.arange(4, 20)[None]
+    for n_ctx in (16, 200):
+        model = load(tiny_folder, n_ctx=n_ctx)
+        assert model.cfg.n_ctx == n_ctx
+        torch.testing.assert_close(model(ids), tiny_model(ids))
+    assert load(tiny_folder, n_ctx=200)(torch.full((1, 150), 5)).isfinite().all()
+    with pytest.raises(CheckpointError, match="n_ctx is 0"):
+        load(tiny_folder, n_ctx=0)
 
 
 def test_an_unsupported_architecture_lists_the_supported(folder):
@@ -177,10 +194,27 @@ def test_a_config_without_architecture_is_refused(folder):
         load(folder)
 
 
-def test_quantized_checkpoints_are_refused_with_the_way_round(folder):
-    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(CheckpointError, match=r"quantized weights \(gptq\).*original and simulate.*precision="):
+def test_a_quantization_nobody_knows_is_refused_with_what_is_known(folder):
+    edit_config(folder, quantization_config={"quant_method": "abacus", "bits": 4})
+    with pytest.raises(
+        CheckpointError, match=r"quantized \(abacus\), in a layout that is not known.*bitsandbytes.*origi"
+    ):
         load(folder)
+
+
+def test_tensors_that_quantization_left_alone_are_shared(tmp_path, tiny_folder, tiny_model):
+    folder = write_checkpoint(tmp_path / "other")
+    tensors = load_file(folder / "model.safetensors")
+    changed = "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, changed: tensors[changed] + 1}, folder / "model.safetensors")
+    model = load(folder, device="cpu", share=tiny_model)
+    ours, theirs = dict(model.named_parameters()), dict(tiny_model.named_parameters())
+    own = {name for name, parameter in ours.items() if parameter.data_ptr() != theirs[name].data_ptr()}
+    # Constants that the conversion adds (biases of zero) may be shared or not; what was read from disk is.
+    assert "blocks.1.mlp.W_in" in own
+    assert {name for name in own if "W_" in name or name.endswith(".w")} == {"blocks.1.mlp.W_in"}
+    fresh = load(folder, device="cpu")
+    assert all(torch.equal(ours[name], parameter) for name, parameter in fresh.named_parameters())
 
 
 @pytest.mark.parametrize(

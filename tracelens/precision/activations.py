@@ -63,7 +63,8 @@ def simulate_activations(model: Any, config: QuantizationConfig) -> None:
     `int8-dynamic`: symmetric int8, one scale per token, at the inputs of the linear layers; the unembedding reads
     full precision. `bf16`, `fp16`: inputs and outputs of the linear layers and the residual stream; attention weights
     and logits are not rounded.
-    Raises `PrecisionSpecError` for blocks that normalise after the linear layer instead of before (OLMo 2).
+    Raises `PrecisionSpecError` for a model whose modules are not those of a `HookedTransformer`, and for blocks that
+    normalise after the linear layer instead of before (OLMo 2).
     """
     if config.type not in HALF and config.type is not QuantizationType.INT8_DYNAMIC:
         return
@@ -74,6 +75,11 @@ def simulate_activations(model: Any, config: QuantizationConfig) -> None:
             f"precision {config} rounds the inputs of linear layers, which {model.cfg.original_architecture} does "
             "not take from "
             "its norms; weight-only formats (int8, int4-g32, ...) can be simulated on it"
+        )
+    if not any(name in _LINEAR_INPUTS for name, _ in _in_blocks(model)):
+        raise PrecisionSpecError(
+            f"precision {config} rounds activations inside the blocks, and those of a {type(model).__name__} are not "
+            "known; load the model with wrapper='hooked'"
         )
     if config.type is QuantizationType.INT8_DYNAMIC:
         for name, module in _in_blocks(model):

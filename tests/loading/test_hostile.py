@@ -1,0 +1,190 @@
+"""Damaged and hostile checkpoints: each with an error that names it, and no model."""
+
+import contextlib
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.tiny import write_checkpoint
+from tracelens import load
+from tracelens.errors import CheckpointError, UnsupportedArchitectureError
+from tracelens.loading import Checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_checkpoint(tmp_path / "model")
+
+
+def edit_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+class Bomb:
+    """A pickle that writes a file when it is opened."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.write_text, (self.target, "boom")
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "qmodel.pt"])
+@pytest.mark.parametrize("old", [False, True])
+def test_a_pickle_that_would_run_code_is_not_opened(folder, tmp_path, file, old):
+    (folder / "model.safetensors").unlink()
+    target = tmp_path / "ran"
+    torch.save({"model.norm.weight": Bomb(target)}, folder / file, _use_new_zipfile_serialization=not old)
+    with pytest.raises(CheckpointError, match=rf"{file} holds more than tensors.*could run code.*as safetensors"):
+        load(folder)
+    assert not target.exists()
+
+
+def test_a_file_of_rubbish_is_named(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04 this is no model")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+        load(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 100, -1])
+def test_truncated_safetensors(folder, kept):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a whole safetensors file"):
+        load(folder)
+
+
+def test_a_header_larger_than_the_file(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", 2**40) + file.read_bytes()[8:])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a whole safetensors file"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "shard", ["../other.safetensors", "/etc/passwd", "sub/other.safetensors", "..\\x.safetensors", 3]
+)
+def test_an_index_that_leads_outside_is_not_followed(tmp_path, shard):
+    folder = write_checkpoint(tmp_path / "m", max_shard_size="20KB")
+    save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / "other.safetensors")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = shard
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"refers to .*outside the folder, and was not followed"):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {}}])
+def test_an_index_without_a_map(tmp_path, content):
+    folder = write_checkpoint(tmp_path / "m", max_shard_size="20KB")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="has no weight_map"):
+        load(folder)
+
+
+def test_a_tensor_in_two_shards(tmp_path):
+    folder = write_checkpoint(tmp_path / "m", max_shard_size="20KB")
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    tensors = load_file(first)
+    save_file({**load_file(second), next(iter(tensors)): next(iter(tensors.values()))}, second)
+    with pytest.raises(CheckpointError, match=rf"is in {first.name} and in {second.name}"):
+        load(folder)
+
+
+def test_shapes_that_disagree_with_the_config(folder):
+    edit_config(folder, intermediate_size=44)
+    with pytest.raises(
+        CheckpointError, match=r"mlp\.gate_proj\.weight is \[40, 32\], expected \[44, 32\].*different models"
+    ):
+        load(folder)
+
+
+def test_layers_that_the_config_does_not_have(folder):
+    edit_config(folder, num_hidden_layers=2)
+    with pytest.raises(CheckpointError, match=r"hold 9 tensors that are no part of .*model\.layers\.2\."):
+        load(folder)
+    edit_config(folder, num_hidden_layers=4)
+    with pytest.raises(CheckpointError, match=r"lack 9 tensors of .*model\.layers\.3\."):
+        load(folder)
+
+
+def test_remote_code_is_never_run(folder, tmp_path):
+    (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    auto_map = {"AutoConfig": "modeling_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"}
+    edit_config(folder, auto_map=auto_map)
+    load(folder)  # the architecture is one we know: the folder's own code is of no interest
+    edit_config(folder, architectures=["EvilForCausalLM"], model_type="evil")
+    with pytest.raises(UnsupportedArchitectureError, match=r"'EvilForCausalLM'.*LlamaForCausalLM.*remote code"):
+        load(folder)
+    with pytest.raises(UnsupportedArchitectureError, match=r"'EvilForCausalLM' has no TransformerBridge.*LlamaForCaus"):
+        load(folder, wrapper="bridge")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_with_remote_code_is_not_run(folder, tmp_path):
+    (folder / "tokenization_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with contextlib.suppress(CheckpointError):  # transformers may do without the class or refuse
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_that_is_not_a_model(tmp_path, folder):
+    (tmp_path / "notes.txt").write_text("not a model")
+    with pytest.raises(CheckpointError, match=r"notes\.txt is a file, but not a GGUF file; give the folder"):
+        load(tmp_path / "notes.txt")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a file, but not a GGUF file"):
+        load(folder / "model.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "."])
+def test_no_permission(folder, file):
+    (folder / file).chmod(0)
+    try:
+        with pytest.raises(CheckpointError, match=r"may not be read .*permissions"):
+            load(folder)
+    finally:
+        (folder / file).chmod(0o755)
+
+
+def test_no_permission_as_anyone(folder, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tracelens.loading.files.safe_open", refuse)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors may not be read .*mend its permissions"):
+            Checkpoint(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", refuse)
+        with pytest.raises(CheckpointError, match=r"config\.json may not be read .*mend its permissions"):
+            Checkpoint(folder)
+
+
+def test_a_quantization_config_that_is_no_object(folder):
+    edit_config(folder, quantization_config="gptq")
+    with pytest.raises(CheckpointError, match="quantization_config is no object"):
+        load(folder)
+
+
+def test_nothing_is_left_of_a_model_that_failed(folder, monkeypatch):
+    """The error comes from the last tensor; what was filled until then is not handed out."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
+    model = None
+    with pytest.raises(ValueError, match=r"model\.norm\.weight.*NaN"):
+        model = load(folder)
+    assert model is None
