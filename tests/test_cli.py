@@ -1,11 +1,13 @@
 import io
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from tracelens.audit_report import AuditReport
 from tracelens.cli import main
 from tracelens.optimization_auditor import SweepResult
 from tracelens.precision import QuantizationConfig
+
+FIXTURES = Path(__file__).parent / "fixtures" / "checkpoints"
 
 
 @dataclass
@@ -96,7 +100,7 @@ def audit(tmp_path, *more) -> Ran:
     )
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["audit", "--help"], ["--version"]])
+@pytest.mark.parametrize("argv", [["--help"], ["audit", "--help"], ["doctor", "--help"], ["--version"]])
 def test_help_loads_nothing_heavy(argv):
     code = (
         "import sys; from tracelens.cli import main\n"
@@ -273,6 +277,47 @@ def test_interrupted_quietly(monkeypatch):
     monkeypatch.setattr("tracelens.cli._datasets", interrupt)
     ran = run("datasets")
     assert (ran.code, ran.out, ran.err) == (130, "", "")
+
+
+@pytest.mark.parametrize("command", ["inspect", "doctor"])
+def test_commands_on_one_checkpoint_explain_theirs(command):
+    ran = run(command, "--help")
+    assert ran.code == 0
+    assert "doctor: degraded or wrong" in ran.out
+
+
+def test_inspect():
+    ran = run("inspect", FIXTURES / "bnb" / "int8" / "llama")
+    assert ran.code == 0, ran.err
+    assert "quantized: int8" in ran.out
+    assert "model.layers.*.mlp.up_proj.weight" in ran.out
+    parsed = json.loads(run("inspect", "--json", FIXTURES / "bnb" / "int8" / "llama").out)
+    assert parsed["architecture"] == "LlamaForCausalLM"
+    assert run("inspect", "organism").out.startswith("organism: LlamaForCausalLM, full precision")
+
+
+def test_doctor(tmp_path):
+    healthy = run("doctor", "organism", "--reference", "organism", "--device", "cpu")
+    assert healthy.code == 0, healthy.err
+    assert healthy.out.startswith("VERIFIED: organism")
+    alone = run("doctor", FIXTURES / "bnb" / "int8" / "llama", "--json", "--device", "cpu")
+    assert alone.code == 0, alone.err
+    assert json.loads(alone.out)["verdict"] == "no reference"
+
+    broken = tmp_path / "broken"
+    shutil.copytree(FIXTURES / "bnb" / "int8" / "llama", broken)
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-1000])
+    ran = run("doctor", broken, "--device", "cpu")
+    assert ran.code == 1, ran.err
+    assert ran.out.startswith("WRONG")
+    assert "not a whole safetensors file" in ran.out
+
+
+@pytest.mark.parametrize("command", ["inspect", "doctor"])
+def test_a_checkpoint_that_is_not_there_is_bad_input(command, tmp_path):
+    ran = run(command, tmp_path / "nothing")
+    assert (ran.code, ran.out) == (2, "")
+    assert "no checkpoint folder" in ran.err
 
 
 def test_datasets_are_listed():

@@ -13,7 +13,8 @@ _HOMES = {
     "tracelens.errors": ("TracelensError",),
     "tracelens.features": ("CircuitTracer", "Fingerprint", "load_saes"),
     "tracelens.hooks": ("ActivationCapture", "HookConfig", "HookManager"),
-    "tracelens.loading": ("load",),
+    "tracelens.loading": ("Checkpoint", "load"),
+    "tracelens.loading.doctor": ("Diagnosis", "doctor"),
     "tracelens.optimization_auditor": ("OptimizationAuditor", "SweepResult"),
     "tracelens.pair": ("PrecisionPair",),
     "tracelens.precision": ("QuantizationConfig", "QuantizationType"),
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from tracelens.errors import TracelensError
     from tracelens.features import CircuitTracer, Fingerprint, load_saes
     from tracelens.hooks import ActivationCapture, HookConfig, HookManager
-    from tracelens.loading import load
+    from tracelens.loading import Checkpoint, load
+    from tracelens.loading.doctor import Diagnosis, doctor
     from tracelens.optimization_auditor import OptimizationAuditor, SweepResult
     from tracelens.pair import PrecisionPair
     from tracelens.precision import QuantizationConfig, QuantizationType

@@ -1,4 +1,4 @@
-"""The command line: `tracelens demo`, `audit`, `sweep`, `datasets`.
+"""The command line: `tracelens demo`, `audit`, `sweep`, `inspect`, `doctor`, `datasets`.
 
 Results go to stdout, everything else to stderr. Nothing heavy is imported before a command runs, so that help and mistakes are instant.
 """
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from tracelens.audit_report import AuditReport
+    from tracelens.loading import Checkpoint
     from tracelens.optimization_auditor import SweepResult
 
 OK, NOT_MET, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -56,6 +57,24 @@ examples:
 
   tracelens sweep --base ./llama --precisions int8,int4,int4-g32,int3 --saes ./saes --dataset harmful_refusal_v1 --out sweep
       how far down it goes
+"""
+
+
+CHECK_CODES = """
+exit codes:
+  0    it ran; doctor: verified, or no reference
+  1    doctor: degraded or wrong
+  2    bad input; the message says what and how to mend it
+  130  interrupted
+"""
+
+INSPECT_EXAMPLES = """
+examples:
+  tracelens inspect ./llama-gptq
+      before anything is loaded: what is in there?
+
+  tracelens doctor ./llama-gptq --reference ./llama
+      did dequantization give back the weights that were quantized?
 """
 
 
@@ -98,8 +117,13 @@ def build_parser() -> argparse.ArgumentParser:
         "Give --quant for a checkpoint, --precision to simulate a number format on the reference, or both.",
         epilog=EXAMPLES + EXIT_CODES,
     )
-    audit.add_argument("--base", required=True, metavar="MODEL", help="the reference: a checkpoint folder, or organism")
-    audit.add_argument("--quant", metavar="MODEL", help="the quantized model, likewise")
+    audit.add_argument(
+        "--base",
+        required=True,
+        metavar="MODEL",
+        help="the reference: a checkpoint folder, a .gguf file, a model on the hub, organism",
+    )
+    audit.add_argument("--quant", metavar="MODEL", help="the quantized model, likewise (GPTQ, AWQ, NF4, …)")
     audit.add_argument(
         "--precision", metavar="SPEC", help="a precision to simulate: bf16, int8-dynamic, int4-g32-asym, …"
     )
@@ -113,14 +137,49 @@ def build_parser() -> argparse.ArgumentParser:
         "A threshold is met if one of the precisions meets it; the smallest that does is named.",
         epilog=EXAMPLES + EXIT_CODES,
     )
-    sweep.add_argument("--base", required=True, metavar="MODEL", help="the reference: a checkpoint folder, or organism")
+    sweep.add_argument(
+        "--base",
+        required=True,
+        metavar="MODEL",
+        help="the reference: a checkpoint folder, a .gguf file, a model on the hub, organism",
+    )
     sweep.add_argument("--precisions", required=True, metavar="SPECS", help="separated by commas: int8,int4,int4-g32")
     _add_common(sweep)
     sweep.set_defaults(run=_sweep)
 
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a checkpoint holds and how it is quantized",
+        description="Prints format, bits, groups, what is quantized and what is not, and bytes. Reads headers only.",
+        epilog=INSPECT_EXAMPLES + CHECK_CODES,
+    )
+    _add_source(inspect)
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="is the model that Tracelens loads the model on disk?",
+        description="Loads a checkpoint and checks it: every tensor accounted for and finite, the hooked model equal to a plain\n"
+        "transformers model with the same weights, and, beside a reference, the error of each tensor what its format\n"
+        "can produce. Says verified, degraded, wrong or no reference, and why.",
+        epilog=INSPECT_EXAMPLES + CHECK_CODES,
+    )
+    _add_source(doctor)
+    doctor.add_argument("--reference", metavar="MODEL", help="the full-precision checkpoint it was quantized from")
+    doctor.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
+
     datasets = commands.add_parser("datasets", help="list the built-in data sets", epilog=EXIT_CODES)
     datasets.set_defaults(run=_datasets)
     return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="MODEL", help="a checkpoint folder, a .gguf file, a model on the hub, organism")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
+    parser.add_argument("--local-files-only", action="store_true", help="use the hub's cache and no network")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -265,6 +324,39 @@ def _datasets(args: argparse.Namespace) -> int:
         print(f"{name:<26} {behaviours}; {len(dataset.baseline_prompts)} baseline prompts")
         print(textwrap.indent(textwrap.fill(dataset.description, 100), "    "))
     return OK
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    import json
+
+    with _quiet():
+        description = _open(args).describe()
+    print(json.dumps(description.to_dict(), indent=2) if args.json else description)
+    return OK
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    import json
+
+    from tracelens.loading.doctor import doctor
+
+    with _quiet():
+        diagnosis = doctor(
+            args.path,
+            reference=args.reference,
+            device=args.device,
+            revision=args.revision,
+            local_files_only=args.local_files_only,
+            progress=True,
+        )
+    print(json.dumps(diagnosis.to_dict(), indent=2) if args.json else diagnosis.summary())
+    return NOT_MET if diagnosis.verdict in ("degraded", "wrong") else OK
+
+
+def _open(args: argparse.Namespace) -> "Checkpoint":
+    from tracelens.loading import open_checkpoint
+
+    return open_checkpoint(args.path, revision=args.revision, local_files_only=args.local_files_only)
 
 
 def _run_sweep(
