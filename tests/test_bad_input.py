@@ -49,7 +49,7 @@ def test_a_folder_without_config_or_weights(missing, named, tmp_path):
 
 
 def test_something_that_is_no_model():
-    with pytest.raises(CheckpointError, match="pass a folder, .* 'organism' or a HookedTransformer"):
+    with pytest.raises(CheckpointError, match=r"pass a folder, .* 'organism' or a HookedTransformer"):
         Audit(torch.nn.Linear(2, 2), precision="int8")
 
 
