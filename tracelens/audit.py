@@ -74,6 +74,8 @@ class Variant:
     label: str
     name: str
     precision: QuantizationConfig | None
+    stored_as: str | None = None
+    """How its checkpoint stores it, such as `gptq`; None for a model that came as an object."""
 
 
 class Audit:
@@ -166,6 +168,7 @@ class Audit:
             label=model_label(self.quantized),
             name=model_name(self.quantized),
             precision=getattr(self.quantized, "precision", None),
+            stored_as=getattr(self.quantized, "stored_as", None),
         )
         (report,) = run_audits(
             self.reference,
@@ -248,6 +251,7 @@ def run_audits(
         "dataset": question.dataset,
         "n_prompts": len(question.texts),
         **asdict(settings),
+        "reference_stored_as": getattr(reference, "stored_as", None),
         "shared": shared,
     }
     return [
@@ -260,7 +264,7 @@ def run_audits(
             noise=noise[i],
             floor=floor,
             settings=settings,
-            provenance=provenance,
+            provenance={**provenance, "quantized_stored_as": variant.stored_as},
         )
         for i, variant in enumerate(variants)
     ]

@@ -161,6 +161,12 @@ def test_unknown_wrapper_and_dtype_list_what_exists(tiny_folder):
         load(tiny_folder, dtype=torch.int8)
 
 
+def test_a_model_says_how_it_was_stored(tiny_model):
+    fixtures = Path(__file__).parents[1] / "fixtures" / "checkpoints"
+    assert tiny_model.stored_as == "full precision"
+    assert load(fixtures / "bnb" / "int8" / "llama").stored_as.startswith("bitsandbytes")
+
+
 def test_a_checkpoint_that_is_open_can_be_loaded(tiny_folder, tiny_model):
     ids = torch.arange(4, 20)[None]
     assert torch.equal(load(Checkpoint(tiny_folder))(ids), tiny_model(ids))

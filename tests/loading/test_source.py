@@ -159,6 +159,16 @@ def test_what_the_hub_answers_is_said_in_words(cache, monkeypatch, error, kind, 
         resolve("org/m", revision="v9" if error is errors.RevisionNotFoundError else None)
 
 
+def test_a_folder_with_one_gguf_file_is_that_file(tmp_path, no_network):
+    source = Path(__file__).parents[1] / "fixtures" / "checkpoints" / "gguf" / "Q4_K_M" / "llama"
+    assert resolve(source) == source / "model.gguf"
+    assert Checkpoint(source).format.startswith("gguf")
+    for name in ("a-Q4.gguf", "a-Q8.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"holds 2 GGUF files \(a-Q4\.gguf, a-Q8\.gguf\); give the path of one"):
+        resolve(tmp_path)
+
+
 def test_a_folder_comes_before_the_hub(tmp_path, monkeypatch, no_network):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "tiny").mkdir(parents=True)

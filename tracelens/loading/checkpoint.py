@@ -67,6 +67,10 @@ class Checkpoint:
         """How it is quantized; None for full precision."""
         self._homes = self._names()
 
+    def __repr__(self) -> str:
+        kind = (self.config.get("architectures") or ["unknown architecture"])[0]
+        return f"Checkpoint({str(self.path)!r}: {kind}, {self.format})"
+
     @property
     def format(self) -> str:
         """How the weights are stored: a quantized format with its variant, or `full precision`."""
@@ -276,11 +280,9 @@ def shortened(names: list[str], most: int = 6) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
-        files = sorted(file.name for file in folder.iterdir() if file.suffix == ".gguf")
-        hint = f"; to open a GGUF file, give its path: {folder / files[0]}" if files else ""
         raise CheckpointError(
-            f"{folder} has no config.json{hint or '; a checkpoint folder holds config.json and weights, '}"
-            f"{'' if hint else 'as `model.save_pretrained(FOLDER)` writes them'}"
+            f"{folder} has no config.json; a checkpoint folder holds config.json and weights, "
+            "as `model.save_pretrained(FOLDER)` writes them"
         )
     return read_json(folder / "config.json")
 

@@ -54,8 +54,9 @@ def load(
 
     Returns:
         The model in eval mode, without gradients and without weight processing, its `cfg.model_name` the folder's
-        name. `model.to_tokens(text)` equals `model.tokenizer(text).input_ids`, BOS included or not as the checkpoint's
-        tokenizer has it. What lies on this machine is loaded without the network.
+        name, its `stored_as` the checkpoint's format. `model.to_tokens(text)` equals
+        `model.tokenizer(text).input_ids`, BOS included or not as the checkpoint's tokenizer has it. What lies on this
+        machine is loaded without the network.
 
     Raises:
         CheckpointNotFoundError: no such folder, file or model on the hub.
@@ -107,7 +108,10 @@ def _build(
     if wrapper == "bridge":
         from tracelens.loading.bridge import build_bridge
 
-        return build_bridge(checkpoint, dtype=dtype, device=on, n_ctx=n_ctx)
-    from tracelens.loading.hooked import build_hooked
+        model = build_bridge(checkpoint, dtype=dtype, device=on, n_ctx=n_ctx)
+    else:
+        from tracelens.loading.hooked import build_hooked
 
-    return build_hooked(checkpoint, dtype=dtype, device=on, n_ctx=n_ctx, share=share)
+        model = build_hooked(checkpoint, dtype=dtype, device=on, n_ctx=n_ctx, share=share)
+    model.stored_as = checkpoint.format  # for the record of whoever measures it
+    return model

@@ -18,9 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 def resolve(source: str | PathLike[str], *, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """The folder or `.gguf` file that `source` names. What looks like the id of a hub repository (`org/model`, or
-    `org/model/file.gguf`) and is nothing on this machine is downloaded to the hub's cache; huggingface_hub's settings
-    (token, cache, endpoint, offline mode) are honoured.
+    """The folder or `.gguf` file that `source` names; of a folder with nothing but one `.gguf` in it, that file.
+
+    What looks like the id of a hub repository (`org/model`, or `org/model/file.gguf`) and is nothing on this machine is
+    downloaded to the hub's cache; huggingface_hub's settings (token, cache, endpoint, offline mode) are honoured.
 
     Raises `CheckpointNotFoundError` if there is no such thing, `CheckpointError` if the hub cannot be reached or does
     not let us in, for a file that is no model, and for what may not be read.
@@ -28,8 +29,7 @@ def resolve(source: str | PathLike[str], *, revision: str | None = None, local_f
     path = Path(source).expanduser()
     try:
         if path.is_dir():
-            next(path.iterdir(), None)
-            return path
+            return _lone_gguf(path) or path
         if path.is_file():
             with path.open("rb") as file:
                 magic = file.read(4)
@@ -49,6 +49,17 @@ def resolve(source: str | PathLike[str], *, revision: str | None = None, local_f
         f"no checkpoint folder at {str(source)!r}; give a folder with config.json and weights, a .gguf file, "
         "the id of a model on the hub ('org/model', 'org/model/file.gguf'), or 'organism'"
     )
+
+
+def _lone_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder that holds one, and no other kind of checkpoint; None otherwise."""
+    files = sorted(file for file in folder.iterdir() if file.suffix == ".gguf")
+    if not files or (folder / "config.json").is_file():
+        return None
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:8])
+        raise CheckpointError(f"{folder} holds {len(files)} GGUF files ({names}); give the path of one: {files[0]}")
+    return files[0]
 
 
 def _from_hub(repository: str, revision: str | None, local_files_only: bool, file: str | None = None) -> Path:
