@@ -9,7 +9,8 @@ from typing import Any
 
 from tracelens.errors import UnsupportedArchitectureError
 from tracelens.loading.architectures import bloom, gemma, gpt2, gptj, llama, moe, neox, olmo, opt, phi, stablelm
-from tracelens.loading.architectures.base import Architecture, Axes, Source
+from tracelens.loading.architectures.base import Architecture
+from tracelens.loading.architectures.sources import Axes, Source
 
 FAMILIES = (llama, gpt2, neox, gptj, opt, bloom, gemma, phi, olmo, stablelm, moe)
 ARCHITECTURES: dict[str, Architecture] = {name: row for family in FAMILIES for name, row in family.TABLE.items()}

@@ -1,6 +1,7 @@
 """BLOOM: attention biased by distance (ALiBi), a norm after the embedding."""
 
-from tracelens.loading.architectures.base import Architecture, Source, fused_qkv, in_blocks, layer_norm, linear, same
+from tracelens.loading.architectures.base import Architecture
+from tracelens.loading.architectures.sources import Source, fused_qkv, in_blocks, layer_norm, linear, same
 
 PREFIX = "transformer.h.{layer}."
 EMBED = "transformer.word_embeddings.weight"

@@ -3,16 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from tracelens.loading.architectures.base import (
-    Architecture,
-    Config,
-    Source,
-    Sources,
-    in_blocks,
-    same,
-    window_by_layer_types,
-)
+from tracelens.loading.architectures.base import Architecture, Config, window_by_layer_types
 from tracelens.loading.architectures.llama import ATTENTION, ATTENTION_BIAS, GATED, MLP, PREFIX
+from tracelens.loading.architectures.sources import Source, Sources, in_blocks, same
 
 EMBED = "model.embed_tokens.weight"
 OUTSIDE: Sources = {

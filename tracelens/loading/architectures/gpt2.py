@@ -3,9 +3,8 @@
 from typing import Any
 
 from tracelens.errors import CheckpointError
-from tracelens.loading.architectures.base import (
-    Architecture,
-    Config,
+from tracelens.loading.architectures.base import Architecture, Config, need
+from tracelens.loading.architectures.sources import (
     Source,
     Sources,
     attention,
@@ -14,7 +13,6 @@ from tracelens.loading.architectures.base import (
     in_blocks,
     layer_norm,
     linear,
-    need,
     same,
 )
 

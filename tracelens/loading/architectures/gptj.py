@@ -3,18 +3,9 @@
 from typing import Any
 
 from tracelens.errors import CheckpointError
-from tracelens.loading.architectures.base import (
-    Architecture,
-    Config,
-    Source,
-    attention,
-    in_blocks,
-    layer_norm,
-    linear,
-    need_size,
-    same,
-)
+from tracelens.loading.architectures.base import Architecture, Config, need_size
 from tracelens.loading.architectures.gpt2 import EMBED, MASKS, PREFIX, RENAMES, SPELLED
+from tracelens.loading.architectures.sources import Source, attention, in_blocks, layer_norm, linear, same
 
 
 def _rotation(config: Config) -> dict[str, Any]:

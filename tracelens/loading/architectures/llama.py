@@ -3,18 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tracelens.loading.architectures.base import (
-    Architecture,
-    Config,
-    Source,
-    Sources,
-    attention,
-    in_blocks,
-    linear,
-    qkv_bias,
-    same,
-    window_by_layer_types,
-)
+from tracelens.loading.architectures.base import Architecture, Config, window_by_layer_types
+from tracelens.loading.architectures.sources import Source, Sources, attention, in_blocks, linear, qkv_bias, same
 
 PREFIX = "model.layers.{layer}."
 GATED: Mapping[str, Any] = {"final_rms": True, "gated_mlp": True}

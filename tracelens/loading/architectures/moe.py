@@ -3,16 +3,7 @@
 from typing import Any
 
 from tracelens.errors import CheckpointError
-from tracelens.loading.architectures.base import (
-    Architecture,
-    Config,
-    Source,
-    Sources,
-    in_blocks,
-    need_size,
-    same,
-    window_by_layer_types,
-)
+from tracelens.loading.architectures.base import Architecture, Config, need_size, window_by_layer_types
 from tracelens.loading.architectures.llama import (
     ATTENTION,
     ATTENTION_BIAS,
@@ -24,6 +15,7 @@ from tracelens.loading.architectures.llama import (
 )
 from tracelens.loading.architectures.olmo import QK_NORM as QK_NORM_OF_ALL_HEADS
 from tracelens.loading.architectures.olmo import clipped, heads_fill_the_model
+from tracelens.loading.architectures.sources import Source, Sources, in_blocks, same
 
 ROUTER: Sources = {"mlp.W_gate.weight": Source("mlp.gate.weight", "expert d_model", "expert d_model")}
 

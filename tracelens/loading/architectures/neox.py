@@ -2,16 +2,8 @@
 
 from typing import Any
 
-from tracelens.loading.architectures.base import (
-    Architecture,
-    Config,
-    Source,
-    fused_qkv,
-    in_blocks,
-    layer_norm,
-    linear,
-    same,
-)
+from tracelens.loading.architectures.base import Architecture, Config
+from tracelens.loading.architectures.sources import Source, fused_qkv, in_blocks, layer_norm, linear, same
 
 PREFIX = "gpt_neox.layers.{layer}."
 EMBED = "gpt_neox.embed_in.weight"

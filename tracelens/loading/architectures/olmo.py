@@ -3,8 +3,9 @@
 from typing import Any
 
 from tracelens.errors import CheckpointError
-from tracelens.loading.architectures.base import Architecture, Config, Sources, in_blocks, same, window_by_layer_types
+from tracelens.loading.architectures.base import Architecture, Config, window_by_layer_types
 from tracelens.loading.architectures.llama import ATTENTION, ATTENTION_BIAS, GATED, MLP, OUTSIDE, PREFIX
+from tracelens.loading.architectures.sources import Sources, in_blocks, same
 
 BEHIND: Sources = {"ln1.w": same("post_attention_layernorm.weight"), "ln2.w": same("post_feedforward_layernorm.weight")}
 # Queries and keys are normalized over all heads at once.

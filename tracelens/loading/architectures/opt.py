@@ -3,17 +3,8 @@
 from typing import Any
 
 from tracelens.errors import CheckpointError
-from tracelens.loading.architectures.base import (
-    Architecture,
-    Config,
-    Source,
-    attention,
-    in_blocks,
-    layer_norm,
-    linear,
-    qkv_bias,
-    same,
-)
+from tracelens.loading.architectures.base import Architecture, Config
+from tracelens.loading.architectures.sources import Source, attention, in_blocks, layer_norm, linear, qkv_bias, same
 
 PREFIX = "model.decoder.layers.{layer}."
 EMBED = "model.decoder.embed_tokens.weight"

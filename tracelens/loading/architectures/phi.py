@@ -1,7 +1,8 @@
 """Phi (1, 1.5, 2) and Phi-3."""
 
-from tracelens.loading.architectures.base import (
-    Architecture,
+from tracelens.loading.architectures.base import Architecture
+from tracelens.loading.architectures.llama import GATED, NORMS, OUTSIDE, PREFIX, window_everywhere
+from tracelens.loading.architectures.sources import (
     Source,
     Sources,
     attention,
@@ -12,7 +13,6 @@ from tracelens.loading.architectures.base import (
     qkv_bias,
     same,
 )
-from tracelens.loading.architectures.llama import GATED, NORMS, OUTSIDE, PREFIX, window_everywhere
 
 PHI: Sources = {
     # One norm for attention and MLP, which stand side by side.

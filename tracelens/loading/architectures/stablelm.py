@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from tracelens.loading.architectures.base import Architecture, Config, in_blocks, layer_norm
+from tracelens.loading.architectures.base import Architecture, Config
 from tracelens.loading.architectures.llama import ATTENTION, MLP, OUTSIDE, PREFIX, QKV_BIAS
+from tracelens.loading.architectures.sources import in_blocks, layer_norm
 
 
 def _residual(config: Config) -> dict[str, Any]:
