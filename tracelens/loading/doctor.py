@@ -278,6 +278,10 @@ def _row(name: str, checkpoint: Checkpoint, expected: Expectation) -> TensorRow:
         result = replace(result, fault=words, severity="wrong")
     elif result.fault.startswith(UNRELATED) and (other := expected.resembles(name, found)):
         result = replace(result, fault=f"this is the reference's {other}")
+    elif expected.moved(name) and result.ordinary and result.severity == "wrong":
+        # A unit that its partner all but lost to rounding looks like one whose scale is off.
+        words = f"{result.fault}; or lost by the weight that factors were moved to or from"
+        result = replace(result, fault=words, severity="poor")
     return TensorRow(
         name=name,
         scheme=str(scheme) if quantized else "plain",

@@ -158,6 +158,10 @@ class Expectation:
         """Whether a norm has new factors, which show in the weights that read it."""
         return name in self._folded
 
+    def moved(self, name: str) -> bool:
+        """Whether factors were moved between this weight and another, estimated from what rounding left of both."""
+        return name in self._factors or name in self._columns
+
     def of(self, name: str) -> Tensor:
         """What a tensor should be, (out, in) if it is a matrix."""
         tensor = self.linear(self.reference, name)

@@ -74,6 +74,11 @@ class Comparison:
     severity: Severity
     """`wrong`: it is not that weight in that format; `poor`: it is, with more error than rounding makes."""
 
+    @property
+    def ordinary(self) -> bool:
+        """Whether the sizes of the errors alone would raise no suspicion."""
+        return self.ratio <= RATIO_LIMIT and self.worst_block <= BLOCK_LIMIT
+
 
 class Fault(NamedTuple):
     """A hypothesis about what was done to a weight."""
