@@ -326,6 +326,21 @@ def test_awq_is_compared_with_its_norms(reference, tmp_path):
     assert "1 norms are rescaled and compared with what reads them" in found.notes
 
 
+def test_a_unit_of_a_rescaled_pair_may_have_been_lost_by_either(reference, tmp_path):
+    """A row of up_proj too small beside its column of down_proj: what AWQ does where it moved too much."""
+    tensors = load_file(reference / "model.safetensors")
+    factors = torch.linspace(0.5, 3, 128)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= factors[:, None]
+    tensors["model.layers.1.mlp.down_proj.weight"] /= factors
+    assert doctor(write(tmp_path / "moved", reference, gptq(tensors), GPTQ), reference=reference).verdict == "verified"
+    tensors["model.layers.1.mlp.up_proj.weight"][7] *= 0.4
+    lost = doctor(write(tmp_path / "lost", reference, gptq(tensors), GPTQ), reference=reference)
+    assert lost.verdict == "degraded", lost.summary()
+    (fault,) = faults(lost).items()
+    assert fault[0] in ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight")
+    assert "or lost by the weight that factors were moved to or from" in fault[1]
+
+
 def test_a_poor_quantizer_is_degraded(examine):
     generator = torch.Generator().manual_seed(1)
 

@@ -145,8 +145,8 @@ class Checkpoint:
         return describe(self)
 
     def tensor(self, name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor as it is quantized, read now, dequantized in float32 and then converted; on a GPU it is
-        dequantized there.
+        """One tensor as it is quantized, read now, dequantized in float32 and then converted; for a
+        CUDA device it is dequantized there.
 
         Raises:
             CheckpointError: there is no such tensor, or it is not a floating-point one and no format knows it.
@@ -161,16 +161,18 @@ class Checkpoint:
 
     def _read(self, name: str, dtype: torch.dtype, device: torch.device | str, *, fold: bool) -> Tensor:
         home = self._homes[self._need(name)]
+        # Other accelerators lack some of the types that codes and tables are in.
+        where = device if torch.device(device).type == "cuda" else "cpu"
         if isinstance(home, Quantized):
-            exact = self._dequantized(name, home, lambda part: self._stored.read(part, device), fold)
+            exact = self._dequantized(name, home, lambda part: self._stored.read(part, where), fold)
         else:
-            exact = self._stored.read(home, device)
+            exact = self._stored.read(home, where)
             if exact.dtype not in FLOATS:
                 raise CheckpointError(
                     f"tensor {name!r} in {self.path} is stored as {exact.dtype} and belongs to no format that is "
                     "known; get the full-precision original, or the checkpoint's own config.json"
                 )
-        converted = exact.to(dtype=dtype)
+        converted = exact.to(device=device, dtype=dtype)
         if not is_finite(converted):
             self._refuse_non_finite(name, exact, dtype)
         return converted
