@@ -1,5 +1,6 @@
 """GPT-2 and its kin with learned positions: GPT-BigCode (StarCoder), GPT-Neo."""
 
+from functools import partial
 from typing import Any
 
 from tracelens.errors import CheckpointError
@@ -88,26 +89,26 @@ def _neo_windowed(config: Config, layer: int) -> bool:
     return kinds[layer] == "local"
 
 
+LEARNED = partial(
+    Architecture,
+    embed=EMBED,
+    norm="LN",
+    grouped=False,
+    eps="layer_norm_epsilon",
+    positions="learned",
+    mlp_ratio=4,
+    renames=RENAMES,
+)
+LIKE_GPT2 = partial(LEARNED, spelled=SPELLED, only={"add_cross_attention": False}, buffers=MASKS)
 TABLE = {
-    "GPT2LMHeadModel": Architecture(
+    "GPT2LMHeadModel": LIKE_GPT2(
         OUTSIDE | in_blocks(PREFIX, {**NORMS, **CONV1D, "attn.b_O": same("attn.c_proj.bias"), **MLP_BIAS}),
-        embed=EMBED,
         defaults=DEFAULTS,
-        spelled=SPELLED,
         understood=frozenset({"scale_attn_weights", "scale_attn_by_inverse_layer_idx"}),
-        only={"add_cross_attention": False},
-        norm="LN",
-        grouped=False,
-        eps="layer_norm_epsilon",
-        positions="learned",
-        mlp_ratio=4,
         more=_gpt2,
-        buffers=MASKS,
-        renames=RENAMES,
     ),
-    "GPTBigCodeForCausalLM": Architecture(
+    "GPTBigCodeForCausalLM": LIKE_GPT2(
         OUTSIDE | in_blocks(PREFIX, {**NORMS, **BIGCODE}),
-        embed=EMBED,
         optional={
             "multi_query": in_blocks(PREFIX, ONE_KEY_HEAD),
             "not multi_query": in_blocks(
@@ -115,20 +116,10 @@ TABLE = {
             ),
         },
         defaults={**DEFAULTS, "hidden_act": "gelu_pytorch_tanh", "multi_query": True},
-        spelled=SPELLED,
-        only={"add_cross_attention": False},
-        norm="LN",
-        grouped=False,
-        eps="layer_norm_epsilon",
-        positions="learned",
-        mlp_ratio=4,
         more=_bigcode,
-        buffers=MASKS,
-        renames=RENAMES,
     ),
-    "GPTNeoForCausalLM": Architecture(
+    "GPTNeoForCausalLM": LEARNED(
         OUTSIDE | in_blocks(PREFIX, {**NORMS, **NEO}),
-        embed=EMBED,
         defaults={
             **{"max_position_embeddings": 2048, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
             **{"hidden_act": "gelu_new", "sliding_window": 256, "attention_types": [[["global", "local"], 12]]},
@@ -137,14 +128,8 @@ TABLE = {
             **{"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"},
             **{"window_size": "sliding_window", "activation_function": "hidden_act"},
         },
-        norm="LN",
-        grouped=False,
-        eps="layer_norm_epsilon",
-        positions="learned",
         windowed=_neo_windowed,
-        mlp_ratio=4,
         fixed={"use_attn_scale": False},
         buffers=(r"\.attn\.attention\.bias$", r"\.attn\.attention\.masked_bias$"),
-        renames=RENAMES,
     ),
 }
