@@ -175,3 +175,22 @@ def test_groups_need_a_config_that_tells_their_shape(tmp_path):
 def test_the_map_and_the_bytes_disagree(tmp_path):
     with pytest.raises(CheckpointError, match=r"has 80 rows of bytes.*quanto_qmap.json says qint2"):
         opened(tmp_path, groups()[0], {UP: ("qint2", "none")})
+
+
+def test_the_map_may_have_another_name_than_the_tensors(tmp_path):
+    """transformers gives the tensors of GPT-NeoX their old names when it saves them, and leaves quanto_qmap.json."""
+    neox = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}
+    tensors, made = rows("embed_out", shape=(16, 32))
+    checkpoint = opened(tmp_path, tensors, {"lm_head": ("qint8", "none")}, **neox)
+    assert torch.equal(checkpoint.tensor("lm_head.weight"), made)
+    # Two groups take a byte in either width: only the map tells.
+    tensors, made = groups("embed_out", shape=(2, 32), bits=2)
+    checkpoint = opened(tmp_path, tensors, {"lm_head": ("qint2", "none")}, **neox, **{"vocab_size": 2})
+    assert torch.equal(checkpoint.tensor("lm_head.weight"), made)
+    with pytest.raises(CheckpointError, match=r"says that 'lm_head' is qint8, but 'lm_head.weight._data' is not in"):
+        opened(
+            tmp_path,
+            {"gpt_neox.final_layer_norm.weight": torch.ones(4)} | rows()[0],
+            {"lm_head": ("qint8", "none")},
+            **neox,
+        )

@@ -15,10 +15,10 @@ WEIGHT = f"{MODULE}.weight"
 INT8 = "Int8Tensor"
 
 
-def opened(folder, tensors, metadata=None, quant_type=None, method="torchao"):
+def opened(folder, tensors, metadata=None, quant_type=None, method="torchao", architecture="LlamaForCausalLM"):
     quantization = {"quant_method": method, "quant_type": quant_type or {}} if method else None
     (folder / "config.json").write_text(
-        json.dumps({"architectures": ["LlamaForCausalLM"], "quantization_config": quantization})
+        json.dumps({"architectures": [architecture], "quantization_config": quantization})
     )
     save_file(tensors, folder / "model.safetensors", metadata=metadata)
     return Checkpoint(folder)
@@ -69,6 +69,19 @@ def test_integers(tmp_path, kind, block, zero, factor):
     assert checkpoint.format == "torchao (int4)"
     assert checkpoint.quantized(WEIGHT).scheme.block == (None if block == (6, 8) else block)
     assert checkpoint.quantized(WEIGHT).scheme.bits == 4
+
+
+@pytest.mark.parametrize("said", ["lm_head.weight", "embed_out.weight"])
+def test_the_metadata_may_have_another_name_than_the_tensors(tmp_path, said):
+    """transformers gives the tensors of GPT-NeoX their old names when it saves them, and leaves the metadata."""
+    tensors, names, made = weight()
+    tensors = {name.replace(MODULE, "embed_out"): tensor for name, tensor in tensors.items()}
+    metadata = entry(INT8, [1, 8], names, weight=said)
+    checkpoint = opened(tmp_path, tensors, metadata, architecture="GPTNeoXForCausalLM")
+    assert torch.equal(checkpoint.tensor("lm_head.weight"), made)
+    assert checkpoint.names() == ["lm_head.weight"]
+    with pytest.raises(CheckpointError, match=r"lack 'lm_head._weight_qdata'"):
+        opened(tmp_path, tensors, entry(INT8, [1, 8], names, weight="lm_head.weight"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tracelens.errors import CheckpointError
+from tracelens.loading.architectures import ARCHITECTURES
 from tracelens.loading.files import TensorFiles, read_json
 
 Read = Callable[[str], Tensor]
@@ -104,6 +105,11 @@ class Stored:
         if name not in self.names:
             raise CheckpointError(f"the weights of {self.path} lack {name!r}; get the whole checkpoint")
         return name
+
+    def plain_name(self, name: str) -> str:
+        """The name in the plain model's state dict of a tensor that may be stored, or spoken of, under an older one."""
+        architecture = ARCHITECTURES.get((self.config.get("architectures") or [""])[0])
+        return architecture.canonical(name) if architecture else name
 
     def modules(self, *suffixes: str) -> list[str]:
         """Modules that have a stored tensor under the first suffix, each with the others; raises if one is missing.

@@ -63,10 +63,10 @@ def _layout(stored: Stored) -> Layout:
     activations: dict[str, int] = {}
     unnamed = 0
     for name, found in _modules(stored).items():
-        group = group_of(name, groups)
+        weight = name if name.endswith(".weight") else f"{name}.weight"
+        group = group_of(name, groups, stored.plain_name(weight).removesuffix(".weight"))
         module = Module(stored, name, found, group)
         kind = _kind(module)
-        weight = name if name.endswith(".weight") else f"{name}.weight"
         tensors[weight] = _read(module, kind)
         if left := module.left_over():
             raise CheckpointError(

@@ -61,15 +61,17 @@ def read_groups(stored: Stored) -> list[Group]:
     return groups
 
 
-def group_of(module: str, groups: list[Group]) -> Group | None:
+def group_of(module: str, groups: list[Group], plain: str | None = None) -> Group | None:
     """The group that quantizes a module: by its exact name, then by a regular expression, then by its class.
+
+    `plain` is its name in memory, which targets have, if its tensors are stored under an older one.
 
     With a single group there is nothing to choose: a quantized module belongs to it, whatever its targets are called
     in the model that was quantized. None if no group can be told.
     """
     targets = {target: group for group in groups for target in group.targets}
     for target in sorted(targets, key=lambda target: (target.startswith("re:"), target)):
-        if names(target, module):
+        if names(target, module) or (plain is not None and names(target, plain)):
             return targets[target]
     kind = "Embedding" if is_embedding(module) else "Linear"
     if kind in targets:

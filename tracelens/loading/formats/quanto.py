@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from tracelens.errors import CheckpointError
-from tracelens.loading.architectures import ARCHITECTURES
 from tracelens.loading.formats.base import Layout, Quantized, Read, Scheme, Stored, register
 from tracelens.loading.formats.fp8 import FLOAT8, float8_values
 
@@ -29,7 +28,9 @@ def _recognise(stored: Stored) -> bool:
 
 
 def _layout(stored: Stored) -> Layout:
-    types = stored.json("quanto_qmap.json") or {}
+    # Modules are named there as in memory, and tensors, by transformers, maybe as in older checkpoints.
+    qmap = stored.json("quanto_qmap.json") or {}
+    types = {stored.plain_name(f"{module}.weight"): entry for module, entry in qmap.items()}
     tensors = {f"{module}.weight": _bytes(stored, module) for module in stored.modules(BYTES, "weight._scale")}
     if packed := stored.modules(PACKED, "weight._scale", "weight._shift"):
         shapes = _plain_shapes(stored)
@@ -40,14 +41,14 @@ def _layout(stored: Stored) -> Layout:
     return Layout(f"quanto ({', '.join(kinds)})", tensors, runtime, notes=_notes(types))
 
 
-def _type(types: dict[str, Any], module: str, key: str = "weights") -> str | None:
+def _type(types: dict[str, Any], weight: str, key: str = "weights") -> str | None:
     """`qint4`, `qfloat8_e4m3fn`, `none`, …; None if quanto_qmap.json does not say."""
-    entry = types.get(module)
+    entry = types.get(weight)
     return entry.get(key) if isinstance(entry, dict) else None
 
 
 def _notes(types: dict[str, Any]) -> tuple[str, ...]:
-    kinds = {kind for module in types if (kind := _type(types, module, "activations")) not in (None, "none")}
+    kinds = {kind for weight in types if (kind := _type(types, weight, "activations")) not in (None, "none")}
     return tuple(
         f"the runtime also quantizes activations to {str(kind).removeprefix('q')}, which the loaded model does not"
         for kind in sorted(map(str, kinds))
@@ -56,11 +57,12 @@ def _notes(types: dict[str, Any]) -> tuple[str, ...]:
 
 def _check_types(stored: Stored, types: dict[str, Any], tensors: dict[str, Quantized]) -> None:
     """Every weight that quanto_qmap.json calls quantized is."""
-    lost = [m for m in types if _type(types, m) not in (None, "none") and f"{m}.weight" not in tensors]
+    found = {stored.plain_name(name) for name in tensors}
+    lost = [weight for weight in types if _type(types, weight) not in (None, "none") and weight not in found]
     if lost:
         raise CheckpointError(
-            f"quanto_qmap.json says that {lost[0]!r} is {_type(types, lost[0])}, but {lost[0] + '.' + BYTES!r} is not "
-            f"in the weights of {stored.path}; get the whole checkpoint"
+            f"quanto_qmap.json says that {lost[0].removesuffix('.weight')!r} is {_type(types, lost[0])}, but "
+            f"{lost[0] + '._data'!r} is not in the weights of {stored.path}; get the whole checkpoint"
         )
 
 
@@ -127,12 +129,13 @@ def _unpacked(packed: Tensor, bits: int) -> Tensor:
 def _bits(stored: Stored, module: str, types: dict[str, Any], rows: int, packed_rows: int) -> int:
     """From the number of bytes; a group or two take one byte either way, and then quanto_qmap.json must tell."""
     fitting = [bits for bits in (4, 2) if packed_rows == -(-rows * bits // 8)]
-    said = {"qint4": 4, "qint2": 2}.get(_type(types, module) or "")
+    type_said = _type(types, stored.plain_name(f"{module}.weight"))
+    said = {"qint4": 4, "qint2": 2}.get(type_said or "")
     if (said and said not in fitting) or (not said and len(fitting) != 1):
         raise CheckpointError(
             f"{module + '.' + PACKED!r} has {packed_rows} rows of bytes for {rows} groups, expected "
             f"{-(-rows // 2)} for int4 or {-(-rows // 4)} for int2, and quanto_qmap.json says "
-            f"{_type(types, module) or 'nothing'}; get the whole checkpoint from {stored.path}'s source"
+            f"{type_said or 'nothing'}; get the whole checkpoint from {stored.path}'s source"
         )
     return said or fitting[0]
 
@@ -148,8 +151,7 @@ def _check_factor(stored: Stored, name: str, shape: tuple[int, ...], *, integers
 
 
 def _plain_shape(stored: Stored, name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    architecture = ARCHITECTURES.get((stored.config.get("architectures") or [""])[0])
-    shape = shapes.get(name) or shapes.get(architecture.canonical(name) if architecture else name)
+    shape = shapes.get(name) or shapes.get(stored.plain_name(name))
     if shape is None or len(shape) != 2:
         raise CheckpointError(
             f"{name!r} is stored in groups, without its shape, and the model that config.json describes has no such "

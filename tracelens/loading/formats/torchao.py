@@ -39,8 +39,10 @@ def _layout(stored: Stored) -> Layout:
     tensors: dict[str, Quantized] = {}
     runtime: list[str] = []
     dynamic = False
+    # The metadata have the names of modules in memory, and tensors maybe those of older checkpoints.
+    homes = {stored.plain_name(name): name for name in stored.names}
     for name, text in stored.files.metadata.items():
-        said = _said(stored, name, text)
+        said = _said(name, text, about=stored.plain_name(_part(name, "qdata")) in homes)
         if said is None or (kind := said.get("_type")) == PLAIN:
             continue
         if kind not in CLASSES:
@@ -48,7 +50,8 @@ def _layout(stored: Stored) -> Layout:
                 f"{name!r} in {stored.path} is a {kind} of torchao; of its classes, only {', '.join(CLASSES)} are known: "
                 "get the full-precision original, or dequantize it with torchao and save that"
             )
-        parts = {part: stored.need(_part(name, part)) for part in said.get("_tensor_data_names") or ()}
+        names = {part: _part(name, part) for part in said.get("_tensor_data_names") or ()}
+        parts = {part: stored.need(homes.get(stored.plain_name(name), name)) for part, name in names.items()}
         runtime += [parts.pop(part) for part in ACTIVATION if part in parts]
         tensors[name] = _quantized(stored, name, said, parts)
         attributes = said["_data"]
@@ -64,9 +67,8 @@ def _part(name: str, part: str) -> str:
     return f"{module}{dot}_{tensor}_{part}"
 
 
-def _said(stored: Stored, name: str, text: str) -> dict[str, Any] | None:
-    """What the metadata says of a tensor; None for an entry that is about none."""
-    about = _part(name, "qdata") in stored
+def _said(name: str, text: str, *, about: bool) -> dict[str, Any] | None:
+    """What the metadata says of a tensor; None for an entry that is `about` none."""
     try:
         said = json.loads(text)
     except ValueError as error:
