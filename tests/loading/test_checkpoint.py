@@ -143,6 +143,12 @@ def test_a_folder_without_weights_names_what_is_there(folder):
         load(folder)
 
 
+def test_a_single_file_of_another_name(folder, tiny_model):
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-128g.safetensors")
+    ids = torch.arange(4, 20)[None]
+    assert torch.equal(load(folder)(ids), tiny_model(ids))
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_weights_of_torch_save(tmp_path, tiny_folder, sharded):
     tensors = load_file(tiny_folder / "model.safetensors")

@@ -96,6 +96,35 @@ def test_older_and_shorter_names_are_those_of_the_same_model(tmp_path, architect
         assert set(Checkpoint(folder).names()) == set(names)
 
 
+@pytest.mark.parametrize("wrapper", ["hooked", "bridge"])
+def test_experts_of_mixtral_under_the_names_of_other_families(tmp_path, wrapper):
+    folder = write_checkpoint(tmp_path / "m", "MixtralForCausalLM")
+    ids = torch.arange(4, 20)[None]
+    wanted = load(folder, wrapper=wrapper, device="cpu")(ids)
+    tensors = load_file(folder / "model.safetensors")
+    for ours, theirs in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+        tensors = {
+            re.sub(rf"block_sparse_moe(\.experts\.\d+)\.{ours}\.", rf"mlp\1.{theirs}.", name): tensor
+            for name, tensor in tensors.items()
+        }
+    assert any("mlp.experts.3.up_proj" in name for name in tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert torch.equal(load(folder, wrapper=wrapper, device="cpu")(ids), wanted)
+
+
+def test_a_split_mlp_of_phi3_is_the_fused_one(tmp_path):
+    folder = write_checkpoint(tmp_path / "m", "Phi3ForCausalLM", pad_token_id=0)
+    ids = torch.arange(4, 20)[None]
+    wanted = load(folder, device="cpu")(ids)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "gate_up_proj" in name]:
+        gate, up = tensors.pop(name).chunk(2)
+        tensors |= {name.replace("gate_up_proj", "gate_proj"): gate.clone()}
+        tensors |= {name.replace("gate_up_proj", "up_proj"): up.clone()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert torch.equal(load(folder, device="cpu")(ids), wanted)
+
+
 @pytest.mark.parametrize(
     "architecture", ["GPT2LMHeadModel", "GPTNeoXForCausalLM", "GPTJForCausalLM", "OPTForCausalLM", "BloomForCausalLM"]
 )

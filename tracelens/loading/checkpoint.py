@@ -21,6 +21,8 @@ from tracelens.loading.source import resolve
 SINGLE = ("model.safetensors", "pytorch_model.bin", "qmodel.pt")
 """Weights in one file, in the order of preference; each of the first two may come in shards with an index."""
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+OTHER_MODELS = ("adapter_model.safetensors", "consolidated.safetensors")
+"""Names of what is no model, or a model under other names."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -302,6 +304,10 @@ def _open_folder(folder: Path) -> TensorFiles:
                     f"{index} and the shards of {folder} disagree on {shortened(wrong)}; get the checkpoint again"
                 )
             return files
+    # AutoGPTQ once named its files after bits and group size: gptq_model-4bit-128g.safetensors.
+    named = [file for file in folder.glob("*.safetensors") if file.name not in OTHER_MODELS]
+    if len(named) == 1:
+        return SafetensorFiles(named)
     suffixes = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
     others = sorted(p.name for p in folder.iterdir() if p.suffix in suffixes)
     found = f" (it has {shortened(others, 4)})" if others else ""

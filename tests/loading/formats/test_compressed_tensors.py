@@ -415,6 +415,18 @@ def test_each_module_finds_its_group():
     assert [note for note in layout.notes if "inputs of 1 modules" in note and "8-bit float per token" in note]
 
 
+@pytest.mark.parametrize("target", ["lm_head", "re:.*lm_head", "re:^embed_out$"])
+def test_a_target_may_have_another_name_than_the_tensors(target):
+    """transformers gives the tensors of GPT-NeoX their old names when it saves them, and leaves the groups."""
+    eight, entry8, expected8 = packed(8)
+    four, entry4, expected4 = packed(4)
+    groups = [{**entry4, "targets": ["Linear"]}, {**entry8, "targets": [target]}]
+    tensors = four | {f"embed_out.{part}": value for part, value in eight.items()}
+    checkpoint = stored(tensors, *groups, format="pack-quantized", config={"architectures": ["GPTNeoXForCausalLM"]})
+    assert torch.equal(weight(checkpoint, "embed_out.weight"), expected8)
+    assert torch.equal(weight(checkpoint), expected4)
+
+
 def test_runtime_tensors_and_the_cache():
     tensors, entry, expected = packed(4)
     names = [

@@ -115,7 +115,14 @@ TABLE = {
         windowed=window_everywhere,
         fixed=MOE,
         more=_experts,
-        renames=((r"^(layers|embed_tokens|norm)\.", r"model.\1."), (r"\.block_sparse_moe\.", ".mlp.")),
+        renames=(
+            (r"^(layers|embed_tokens|norm)\.", r"model.\1."),
+            (r"\.block_sparse_moe\.", ".mlp."),
+            # Quantizers that unpack the experts of the model in memory name them as other families do.
+            (r"(\.experts\.\d+)\.gate_proj\.", r"\1.w1."),
+            (r"(\.experts\.\d+)\.up_proj\.", r"\1.w3."),
+            (r"(\.experts\.\d+)\.down_proj\.", r"\1.w2."),
+        ),
     ),
     "Qwen3MoeForCausalLM": Architecture(
         OUTSIDE | in_blocks(PREFIX, {**NORMS, **ATTENTION, **QK_NORM, **ROUTER}),
