@@ -167,6 +167,13 @@ def test_a_model_says_how_it_was_stored(tiny_model):
     assert load(fixtures / "bnb" / "int8" / "llama").stored_as.startswith("bitsandbytes")
 
 
+def test_progress_is_shown_when_it_is_asked_for(tiny_folder, capsys):
+    load(tiny_folder)
+    assert capsys.readouterr().err == ""
+    load(tiny_folder, progress=True)
+    assert "loading" in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_is_open_can_be_loaded(tiny_folder, tiny_model):
     ids = torch.arange(4, 20)[None]
     assert torch.equal(load(Checkpoint(tiny_folder))(ids), tiny_model(ids))

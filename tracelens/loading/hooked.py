@@ -31,6 +31,7 @@ def build_hooked(
     device: torch.device,
     n_ctx: int | None = None,
     share: Any = None,
+    progress: bool = False,
 ) -> Any:
     """A `HookedTransformer` with the checkpoint's weights in `dtype` on `device`, in eval mode, without gradients.
 
@@ -40,6 +41,7 @@ def build_hooked(
     Args:
         n_ctx: context length in tokens; by default that of config.json, or what a model with longrope rotates alike.
             A table of learned positions is cut to it.
+        progress: show a bar over the tensors.
         share: a hooked model. Parameters that are the same there, bit for bit, and that are not quantized here are
             its own tensors, so that a pair takes the memory of one model and of what differs. An edit in place, such
             as folding norms, then changes both.
@@ -66,6 +68,7 @@ def build_hooked(
         axes,
         device=device,
         others=dict(share.named_parameters()) if share is not None else {},
+        progress=progress,
     )
     attach_tokenizer(model, checkpoint.tokenizer)
     return model.eval().requires_grad_(False)
@@ -167,13 +170,15 @@ def _fill(
     *,
     device: torch.device,
     others: Mapping[str, Tensor],
+    progress: bool,
 ) -> None:
     """Read each tensor once, in the order of the files, into every parameter that is made from it."""
+    from tqdm.auto import tqdm
+
     targets: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     dtype, wanted = model.cfg.dtype, _by_tensor(sources, targets, axes)
-    for disk in checkpoint.names():
-        if disk not in wanted:
-            continue
+    names = [name for name in checkpoint.names() if name in wanted]
+    for disk in tqdm(names, desc=f"loading {checkpoint.name}", unit="tensor", disable=not progress):
         made, shareable = wanted.pop(disk), checkpoint.quantized(disk) is None
         adopted = _can_adopt(checkpoint, disk, made, targets, dtype)
         # Allocated below what is read, so that the allocator gets back what is freed instead of a hole for each tensor.

@@ -26,6 +26,7 @@ def load(
     n_ctx: int | None = None,
     round_to: torch.dtype | None = None,
     share: Any = None,
+    progress: bool = False,
 ) -> Any:
     """Load a model with hook points: call -> logits, `run_with_cache`, `to_tokens`, `cfg`.
 
@@ -50,7 +51,9 @@ def load(
         round_to: round quantized weights to this dtype after dequantization, whatever `dtype` is: the weights of a
             library that multiplies codes and scales in `torch.bfloat16` or `torch.float16`. Exact by default.
         share: a hooked model that is loaded already. Tensors that quantization left as they are there use its memory,
-            so a pair takes little more than its quantized weights twice; edit neither model in place.
+            so a pair takes little more than its quantized weights twice; edit neither model in place. Of hooked models
+            only, not of bridges.
+        progress: show a bar over the tensors of a hooked model.
 
     Returns:
         The model in eval mode, without gradients and without weight processing, its `cfg.model_name` the folder's
@@ -81,7 +84,7 @@ def load(
     if isinstance(source, str | PathLike):
         source = open_checkpoint(source, revision=revision, local_files_only=local_files_only, round_to=round_to)
     if isinstance(source, Checkpoint):
-        model = _build(source, wrapper, dtype, device, n_ctx, share)
+        model = _build(source, wrapper, dtype, device, n_ctx, share, progress)
     elif missing := [name for name in INTERFACE if not hasattr(source, name)]:
         raise CheckpointError(
             f"a {type(source).__name__} is not a model with hook points (it lacks {', '.join(missing)}); "
@@ -103,6 +106,7 @@ def _build(
     device: str | torch.device | None,
     n_ctx: int | None,
     share: Any,
+    progress: bool,
 ) -> Any:
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if wrapper == "bridge":
@@ -112,6 +116,6 @@ def _build(
     else:
         from tracelens.loading.hooked import build_hooked
 
-        model = build_hooked(checkpoint, dtype=dtype, device=on, n_ctx=n_ctx, share=share)
+        model = build_hooked(checkpoint, dtype=dtype, device=on, n_ctx=n_ctx, share=share, progress=progress)
     model.stored_as = checkpoint.format  # for the record of whoever measures it
     return model
