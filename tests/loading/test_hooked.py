@@ -112,17 +112,27 @@ def test_experts_of_mixtral_under_the_names_of_other_families(tmp_path, wrapper)
     assert torch.equal(load(folder, wrapper=wrapper, device="cpu")(ids), wanted)
 
 
-def test_a_split_mlp_of_phi3_is_the_fused_one(tmp_path):
+@pytest.mark.parametrize("wrapper", ["hooked", "bridge"])
+def test_a_split_mlp_of_phi3_is_the_fused_one(tmp_path, wrapper):
     folder = write_checkpoint(tmp_path / "m", "Phi3ForCausalLM", pad_token_id=0)
     ids = torch.arange(4, 20)[None]
-    wanted = load(folder, device="cpu")(ids)
+    wanted, names = load(folder, wrapper=wrapper, device="cpu")(ids), set(Checkpoint(folder).names())
     tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if "gate_up_proj" in name]:
-        gate, up = tensors.pop(name).chunk(2)
-        tensors |= {name.replace("gate_up_proj", "gate_proj"): gate.clone()}
-        tensors |= {name.replace("gate_up_proj", "up_proj"): up.clone()}
+    fused = {name: tensor for name, tensor in tensors.items() if "gate_up_proj" in name}
+    for name, tensor in fused.items():
+        del tensors[name]
+        for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
+            tensors[name.replace("gate_up_proj", part)] = half.clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert torch.equal(load(folder, device="cpu")(ids), wanted)
+    split = Checkpoint(folder)
+    assert set(split.names()) == names
+    assert all(torch.equal(split.tensor(name), tensor) for name, tensor in fused.items())
+    assert torch.equal(load(folder, wrapper=wrapper, device="cpu")(ids), wanted)
+
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lack 1 tensors .*model\.layers\.1\.mlp\.gate_up_proj\.weight"):
+        load(folder, wrapper=wrapper, device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tracelens.errors import CheckpointError, NonFiniteError
-from tracelens.loading.architectures import ARCHITECTURES
+from tracelens.loading.architectures import ARCHITECTURES, Architecture
 from tracelens.loading.description import Description, describe
 from tracelens.loading.files import SafetensorFiles, TensorFiles, TorchFiles, read_json
-from tracelens.loading.formats import Layout, Quantized, Stored, find_layout
-from tracelens.loading.formats.base import Read
+from tracelens.loading.formats import Layout, Quantized, Scheme, Stored, find_layout
+from tracelens.loading.formats.base import Read, one_above_the_other
 from tracelens.loading.source import resolve
 
 SINGLE = ("model.safetensors", "pytorch_model.bin", "qmodel.pt")
@@ -217,9 +217,13 @@ class Checkpoint:
             return plain
         raise CheckpointError(f"{self.path} has no tensor {name!r}; `names()` lists those it has")
 
+    @property
+    def _row(self) -> Architecture | None:
+        """What is known of the architecture; None if it has no conversion."""
+        return ARCHITECTURES.get((self.config.get("architectures") or [""])[0])
+
     def _plain_name(self, name: str) -> str:
-        declared = self.config.get("architectures") or [""]
-        return ARCHITECTURES[declared[0]].canonical(name) if declared[0] in ARCHITECTURES else name
+        return self._row.canonical(name) if self._row else name
 
     def _names(self) -> dict[str, str | Quantized]:
         """Plain name -> stored name, or how it is quantized."""
@@ -229,7 +233,30 @@ class Checkpoint:
             if plain in homes:
                 raise CheckpointError(f"{self.path} holds {plain!r} twice, as {name!r} too; get the checkpoint again")
             homes[plain] = home
+        for whole, parts in (self._row.joined if self._row else {}).items():
+            homes = self._join(homes, whole, parts)
         return homes
+
+    def _join(
+        self, homes: dict[str, str | Quantized], whole: str, parts: tuple[str, ...]
+    ) -> dict[str, str | Quantized]:
+        """The same, with tensors whose names end in `parts` as one, which the plain model has under another name."""
+        joined: dict[str, str | Quantized] = {}
+        for name, home in homes.items():
+            part = next((part for part in parts if name.endswith("." + part)), None)
+            prefix = name.removesuffix(part) if part else name
+            pieces = [homes[prefix + piece] for piece in parts if part and prefix + piece in homes]
+            if len(pieces) < len(parts) or prefix + whole in homes:
+                joined[name] = home
+            elif prefix + whole not in joined:
+                joined[prefix + whole] = one_above_the_other([self._as_quantized(piece) for piece in pieces])
+        return joined
+
+    def _as_quantized(self, home: str | Quantized) -> Quantized:
+        if isinstance(home, Quantized):
+            return home
+        scheme = Scheme("float", 8 * self._stored.dtype(home).itemsize)
+        return Quantized(self._stored.shape(home), (home,), scheme, lambda read: read(home).to(torch.float32))
 
     def _found(self) -> Iterator[tuple[str, str | Quantized]]:
         layout = self.layout or Layout("full precision", {})

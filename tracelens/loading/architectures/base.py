@@ -71,6 +71,8 @@ class Architecture:
     """Names of other models in the same checkpoint, which are left alone."""
     renames: tuple[tuple[str, str], ...] = ((r"^(layers|embed_tokens|norm)\.", r"model.\1."),)
     """Regular expression and replacement, in turn, for names that some checkpoints use."""
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """End of a tensor's name -> those of the tensors, one above the other, that some quantizers store instead."""
     inside: str | None = None
     """Key of config.json under which this model's own config is."""
 

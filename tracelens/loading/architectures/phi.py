@@ -30,14 +30,12 @@ PHI3: Sources = {
     **NORMS,
     **heads_in_a_row("self_attn.qkv_proj", "weight"),
     "attn.W_O": Source("self_attn.o_proj.weight", "d_model (head d_head)", "head d_head d_model"),
+    **{
+        f"mlp.{hooked}": Source("mlp.gate_up_proj.weight", "(two d_mlp) d_model", "d_model d_mlp", (("two", half),))
+        for half, hooked in enumerate(("W_gate", "W_in"))
+    },
     "mlp.W_out": linear("mlp.down_proj.weight", "d_mlp", "d_model"),
 }
-FUSED: Sources = {
-    f"mlp.{hooked}": Source("mlp.gate_up_proj.weight", "(two d_mlp) d_model", "d_model d_mlp", (("two", half),))
-    for half, hooked in enumerate(("W_gate", "W_in"))
-}
-# As GPTQModel writes it.
-SPLIT: Sources = {"mlp.W_gate": linear("mlp.gate_proj.weight"), "mlp.W_in": linear("mlp.up_proj.weight")}
 TABLE = {
     "PhiForCausalLM": Architecture(
         {
@@ -58,7 +56,8 @@ TABLE = {
     ),
     "Phi3ForCausalLM": Architecture(
         OUTSIDE | in_blocks(PREFIX, PHI3),
-        variants=(in_blocks(PREFIX, FUSED), in_blocks(PREFIX, SPLIT)),
+        # GPTQModel writes them apart.
+        joined={"mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight")},
         defaults={
             **{"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu"},
             "original_max_position_embeddings": 4096,

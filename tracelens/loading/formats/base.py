@@ -1,6 +1,6 @@
 """What a format has to say about a checkpoint: which weights it stores, in which parts, and how to undo it exactly."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,21 @@ class Quantized:
     fold: Callable[[Read, Tensor], Tensor] | None = None
     """Takes the dequantized weight, which it may overwrite, and returns it with what the quantized model computes
     beside this layer and the plain model has no place for: AWQ's division of activations."""
+
+
+def one_above_the_other(pieces: Sequence[Quantized]) -> Quantized:
+    """Weights of the same inputs as one, their outputs in a row."""
+
+    def dequantize(read: Read) -> Tensor:
+        return torch.cat([piece.dequantize(read) for piece in pieces])
+
+    first = pieces[0]
+    return Quantized(
+        shape=(sum(piece.shape[0] for piece in pieces), *first.shape[1:]),
+        parts=tuple(part for piece in pieces for part in piece.parts),
+        scheme=first.scheme,
+        dequantize=dequantize,
+    )
 
 
 @dataclass(frozen=True)
