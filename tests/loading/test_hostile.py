@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import shutil
 import struct
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -148,29 +150,40 @@ def test_a_file_that_is_not_a_model(tmp_path, folder):
         load(folder / "model.safetensors")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "."])
-def test_no_permission(folder, file):
-    (folder / file).chmod(0)
+@pytest.fixture
+def readable_by_all():
+    """A checkpoint in a folder that everyone may enter, unlike pytest's own."""
+    root = Path(tempfile.mkdtemp())
+    root.chmod(0o755)
+    folder = write_checkpoint(root / "model")
+    yield folder
+    shutil.rmtree(root)
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Root may read everything, so it becomes somebody else for a while."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
     try:
-        with pytest.raises(CheckpointError, match=r"may not be read .*permissions"):
-            load(folder)
+        yield
     finally:
-        (folder / file).chmod(0o755)
+        os.seteuid(0)
 
 
-def test_no_permission_as_anyone(folder, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("tracelens.loading.files.safe_open", refuse)
-        with pytest.raises(CheckpointError, match=r"model\.safetensors may not be read .*mend its permissions"):
-            Checkpoint(folder)
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "read_text", refuse)
-        with pytest.raises(CheckpointError, match=r"config\.json may not be read .*mend its permissions"):
-            Checkpoint(folder)
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no permissions of this kind")
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "."])
+def test_no_permission(readable_by_all, file):
+    path = readable_by_all / file
+    path.chmod(0)
+    try:
+        with as_nobody(), pytest.raises(CheckpointError, match=r"may not be read .*mend its permissions"):
+            Checkpoint(readable_by_all)
+    finally:
+        path.chmod(0o755)
+    assert Checkpoint(readable_by_all).names()
 
 
 def test_a_quantization_config_that_is_no_object(folder):

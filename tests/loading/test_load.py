@@ -179,6 +179,16 @@ def test_a_checkpoint_that_is_open_can_be_loaded(tiny_folder, tiny_model):
     assert torch.equal(load(Checkpoint(tiny_folder))(ids), tiny_model(ids))
 
 
+def test_options_that_would_be_without_effect_are_refused(tiny_folder, tiny_model):
+    with pytest.raises(
+        CheckpointError, match=r"round_to=torch\.bfloat16 comes too late .*Checkpoint\(\.\.\., round_to"
+    ):
+        load(Checkpoint(tiny_folder), round_to=torch.bfloat16)
+    load(Checkpoint(tiny_folder, round_to=torch.bfloat16), round_to=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"share=\.\.\. goes with wrapper='hooked'"):
+        load(tiny_folder, wrapper="bridge", share=tiny_model)
+
+
 def test_a_missing_folder_says_what_to_give(tmp_path, no_network):
     with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint folder at .*\.gguf file.*hub.*'organism'"):
         load(tmp_path / "nothing")

@@ -281,8 +281,15 @@ def open_checkpoint(
     local_files_only: bool = False,
     round_to: torch.dtype | None = None,
 ) -> Checkpoint:
-    """What a source names, opened: `"organism"` is the embedded model, a `Checkpoint` is passed through as it is."""
+    """What a source names, opened: `"organism"` is the embedded model, a `Checkpoint` is passed through as it is.
+
+    Raises `CheckpointError` for a `Checkpoint` that rounds otherwise, and what opening one raises.
+    """
     if isinstance(source, Checkpoint):
+        if round_to not in (None, source.round_to):
+            raise CheckpointError(
+                f"round_to={round_to} comes too late for a checkpoint that is open; say Checkpoint(..., round_to=...)"
+            )
         return source
     if source == "organism":
         from tracelens.organism import path

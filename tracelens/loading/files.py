@@ -83,6 +83,8 @@ class SafetensorFiles(TensorFiles):
     def _shard(self, file: str) -> Any:
         if file not in self._open:
             try:
+                # safetensors says of a file that may not be read that it does not exist.
+                self._paths[file].open("rb").close()
                 self._open[file] = safe_open(self._paths[file], framework="pt")
             except PermissionError as error:
                 raise CheckpointError(f"{self._paths[file]} may not be read ({error}); mend its permissions") from error

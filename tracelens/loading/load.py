@@ -81,7 +81,9 @@ def load(
         from tracelens.precision import QuantizationConfig
 
         quantization = QuantizationConfig.parse(precision)  # a mistake in it is found before anything is read
-    if isinstance(source, str | PathLike):
+    if share is not None and wrapper == "bridge":
+        raise CheckpointError("a bridge keeps its tensors to itself: share=... goes with wrapper='hooked'")
+    if isinstance(source, str | PathLike | Checkpoint):
         source = open_checkpoint(source, revision=revision, local_files_only=local_files_only, round_to=round_to)
     if isinstance(source, Checkpoint):
         model = _build(source, wrapper, dtype, device, n_ctx, share, progress)
