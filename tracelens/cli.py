@@ -117,12 +117,6 @@ def build_parser() -> argparse.ArgumentParser:
         "Give --quant for a checkpoint, --precision to simulate a number format on the reference, or both.",
         epilog=EXAMPLES + EXIT_CODES,
     )
-    audit.add_argument(
-        "--base",
-        required=True,
-        metavar="MODEL",
-        help="the reference: a checkpoint folder, a .gguf file, a model on the hub, organism",
-    )
     audit.add_argument("--quant", metavar="MODEL", help="the quantized model, likewise (GPTQ, AWQ, NF4, …)")
     audit.add_argument(
         "--precision", metavar="SPEC", help="a precision to simulate: bf16, int8-dynamic, int4-g32-asym, …"
@@ -136,12 +130,6 @@ def build_parser() -> argparse.ArgumentParser:
         description="Simulates several precisions on one model, compares each with it, and says how far down it goes.\n"
         "A threshold is met if one of the precisions meets it; the smallest that does is named.",
         epilog=EXAMPLES + EXIT_CODES,
-    )
-    sweep.add_argument(
-        "--base",
-        required=True,
-        metavar="MODEL",
-        help="the reference: a checkpoint folder, a .gguf file, a model on the hub, organism",
     )
     sweep.add_argument("--precisions", required=True, metavar="SPECS", help="separated by commas: int8,int4,int4-g32")
     _add_common(sweep)
@@ -191,6 +179,12 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add(
+        "--base",
+        required=True,
+        metavar="MODEL",
+        help="the reference: a checkpoint folder, a .gguf file, a model on the hub, organism",
+    )
     add("--saes", required=True, metavar="DIR", help="sparse autoencoders in SAELens' format, one sub-folder each")
     add(
         "--dataset",

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import write_checkpoint
 from tracelens import load
-from tracelens.errors import CheckpointError, UnsupportedArchitectureError
+from tracelens.errors import CheckpointError, NonFiniteError, UnsupportedArchitectureError
 from tracelens.loading import Checkpoint
 
 
@@ -184,6 +185,37 @@ def test_no_permission(readable_by_all, file):
     finally:
         path.chmod(0o755)
     assert Checkpoint(readable_by_all).names()
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+SCALED = [
+    pytest.param(file.parent, id=str(file.parent.relative_to(FIXTURES)))
+    for file in sorted(FIXTURES.rglob("model.safetensors"))
+    # Marlin is refused as it is; these two have no floating-point scales.
+    if not {"marlin_b4_g64", "mxfp4", "gguf_q8_0"} & set(file.parts)
+]
+
+
+@pytest.mark.parametrize("source", SCALED)
+def test_a_nan_in_a_scale_is_named_whatever_the_format(tmp_path, source):
+    checkpoint = Checkpoint(source)
+    name = next(name for name in checkpoint.names() if checkpoint.quantized(name))
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    # The first part are the codes, which may be stored as floats of any value.
+    parts = [part for part in checkpoint.parts(name)[1:] if checkpoint.stored.dtype(part) in floats]
+    part = next((part for part in parts if "quant_map" not in part), checkpoint.parts(name)[0])
+    folder = tmp_path / "m"
+    shutil.copytree(source, folder)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(folder / "model.safetensors")
+    tensors[part].view(-1)[0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata)
+    # Zero points that are products with their scale are looked at on opening.
+    with pytest.raises(
+        (NonFiniteError, CheckpointError), match=r"holds NaN or infinity in .*\(through |not -scale times"
+    ):
+        Checkpoint(folder).weight(name)
 
 
 def test_a_quantization_config_that_is_no_object(folder):
