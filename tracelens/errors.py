@@ -75,5 +75,9 @@ class OutputError(TracelensError, FileExistsError):
     """An output place that must not be written to."""
 
 
+class QuantizeError(TracelensError, RuntimeError):
+    """A calibrated quantization that cannot be carried out: its library is missing, or fails on this model."""
+
+
 class MetricInputError(TracelensError, ValueError):
     """Activations, logits, scores or thresholds for which a metric or statistic is not defined."""

@@ -1,4 +1,4 @@
-"""Weights bit for bit, and int8-dynamic logits to 1e-5, against compressed-tensors on a Hugging Face Llama."""
+"""Integer weights bit for bit, and int8-dynamic logits to 1e-5, against compressed-tensors on a Hugging Face Llama."""
 
 import copy
 

@@ -1,12 +1,16 @@
 import copy
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.tiny import TEXTS
+from tests.tiny import TEXTS, write_checkpoint
+from tracelens import load
 from tracelens.errors import NonFiniteError, PrecisionSpecError
 from tracelens.precision import QuantizationConfig, QuantizationType, apply_precision, weight_matrices
 from tracelens.precision.grids import round_to_integers
+from tracelens.precision.rounding import round_weight
 
 LINEAR = {"W_Q", "_W_K", "_W_V", "W_O", "W_in", "W_gate", "W_out"}
 
@@ -59,6 +63,33 @@ def test_groups_lie_along_the_input(tiny_model):
         for start in range(0, weight.matrix.shape[1], 8):
             part = sources[weight.name][:, start : start + 8]
             assert torch.equal(weight.matrix[:, start : start + 8], round_to_integers(part, 3, symmetric=False))
+
+
+@pytest.mark.parametrize(
+    "spec", ["int4-tensor-mse", "nf4-dq", "fp4", "fp8-block", "fp8-e5m2", "llm-int8-weights", "pruned-s50"]
+)
+def test_every_format_rounds_the_matrix_of_nn_linear(tiny_model, ids, spec):
+    quantized = apply_precision(tiny_model, spec)
+    sources = {weight.name: weight.matrix for weight in weight_matrices(tiny_model)}
+    for weight in weight_matrices(quantized):
+        expected = round_weight(sources[weight.name], QuantizationConfig.parse(spec))
+        assert torch.equal(weight.matrix, expected)
+        assert not torch.equal(weight.matrix, sources[weight.name])
+    assert str(quantized.precision) == spec
+    assert not torch.equal(quantized(ids), tiny_model(ids))
+
+
+def test_a_format_whose_groups_do_not_fit_names_the_weight(tiny_model):
+    with pytest.raises(
+        PrecisionSpecError, match=r"group size 16 does not divide the input width 40 of blocks\.0\.mlp\.W_out"
+    ):
+        apply_precision(tiny_model, "nvfp4")
+
+
+def test_a_weight_that_is_no_number_is_named(tiny_model):
+    tiny_model.blocks[1].attn.W_Q.data[0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"blocks\.1\.attn\.W_Q holds NaN or infinity"):
+        apply_precision(tiny_model, "nf4")
 
 
 def test_a_group_size_that_does_not_fit_names_the_weight_and_what_fits(tiny_model):
@@ -159,6 +190,16 @@ class TestHalfPrecision:
         assert not torch.equal(half(ids), tiny_model(ids))
         torch.testing.assert_close(half(ids), tiny_model(ids), rtol=0.1, atol=0.1)
 
+    def test_weights_are_held_in_half_precision_before_and_after_they_are_rounded(self, tiny_model):
+        half = {name: p.bfloat16() for name, p in tiny_model.named_parameters()}
+        quantized = apply_precision(tiny_model, "int4-g8+bf16")
+        for weight in weight_matrices(quantized):
+            source = replace(weight, parameter=half.pop(weight.name)).matrix
+            assert torch.equal(weight.matrix, round_weight(source, QuantizationConfig.parse("int4-g8")).float())
+        others = dict(quantized.named_parameters())
+        assert half
+        assert all(torch.equal(others[name], p.float()) for name, p in half.items())
+
     def test_a_weight_beyond_fp16_is_named(self, tiny_model):
         tiny_model.blocks[0].mlp.W_in.data[0, 0] = 1e6
         with pytest.raises(NonFiniteError, match=r"blocks\.0\.mlp\.W_in does not fit float16: .* 1e\+06.*; use bf16"):
@@ -170,3 +211,19 @@ def test_error_grows_as_bits_shrink(tiny_model, ids):
     exact = tiny_model(ids)
     errors = [(apply_precision(tiny_model, spec)(ids) - exact).norm() for spec in ("int8", "int6", "int4", "int2")]
     assert errors == sorted(errors)
+
+
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM"])
+def test_experts_are_rounded_one_by_one_and_their_router_is_not(architecture, tmp_path):
+    model = load(write_checkpoint(tmp_path, architecture))
+    config = QuantizationConfig.parse("int4-g8")
+    quantized = dict(apply_precision(model, config).named_parameters())
+    for name, before in model.named_parameters():
+        if re.search(r"experts\.\d+\.W_\w+\.weight", name):
+            assert torch.equal(quantized[name], round_weight(before, config)), name
+            assert not torch.equal(quantized[name], before), name
+        elif ".mlp." in name:
+            assert quantized[name] is before, name
+    experts = [weight.name for weight in weight_matrices(model) if "experts" in weight.name]
+    assert len(experts) == 3 * 4 * model.cfg.n_layers
+    assert len(list(weight_matrices(model))) == len(experts) + 4 * model.cfg.n_layers

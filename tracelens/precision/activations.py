@@ -5,28 +5,34 @@ them alone, and being first they run before any hook that reads. So what is capt
 kernel would see.
 """
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tracelens.errors import PrecisionSpecError
-from tracelens.precision.config import QuantizationConfig, QuantizationType
-from tracelens.precision.grids import round_to_dtype, round_to_integers
+from tracelens.precision.activation_grids import round_beside_outliers, round_fixed, round_rows
+from tracelens.precision.bridge_places import (
+    bridge_keys_and_values,
+    bridge_linear_inputs,
+    bridge_stored_tensors,
+    is_bridge,
+)
+from tracelens.precision.config import ActivationConfig, QuantizationConfig, QuantizationType
+from tracelens.precision.grids import round_to_dtype
+from tracelens.precision.places import (
+    Place,
+    as_rows,
+    check_blocks,
+    check_unfolded,
+    keys_and_values,
+    linear_inputs,
+    stored_tensors,
+)
+from tracelens.precision.ranges import observe_ranges
 
 HALF = {QuantizationType.BF16: torch.bfloat16, QuantizationType.FP16: torch.float16}
-
-# What follows `blocks.{i}.` in the name of a module whose output enters a linear layer → the axes of one token's input.
-# The norm modules themselves and not their hook_normalized, which TransformerLens places before the norm weight.
-_LINEAR_INPUTS = {"ln1": 1, "ln2": 1, "attn.hook_z": 2, "mlp.hook_post": 1}
-_LINEAR_OUTPUTS = (
-    *("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k", "hook_attn_out"),
-    *("mlp.hook_pre", "mlp.hook_pre_linear", "hook_mlp_out"),
-)
-_RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -41,54 +47,66 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
-def _per_token(x: Tensor, bits: int, axes: int) -> Tensor:
-    # Symmetric with one scale per token over everything the linear layer reads: all heads together at the input of W_O.
-    return round_to_integers(x.flatten(-axes), bits).view_as(x)
-
-
-def _register(module: nn.Module, rounding: Callable[[Tensor], Tensor]) -> None:
-    module.register_forward_hook(lambda _module, _args, output: _StraightThrough.apply(output, rounding))
-
-
-def _in_blocks(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if match := re.fullmatch(r"blocks\.\d+\.(.+)", name):
-            yield match[1], module
-
-
-def simulate_activations(model: Any, config: QuantizationConfig) -> None:
+def simulate_activations(model: Any, config: QuantizationConfig, *, calibration: Sequence[Any] | None = None) -> None:
     """Registers on `model`, for good, the hooks by which it rounds activations as `config` says; none for weight-only
-    formats.
+    formats. Gradients pass straight through.
 
-    `int8-dynamic`: symmetric int8, one scale per token, at the inputs of the linear layers; the unembedding reads
-    full precision. `bf16`, `fp16`: inputs and outputs of the linear layers and the residual stream; attention weights
-    and logits are not rounded.
-    Raises `PrecisionSpecError` for a model whose modules are not those of a `HookedTransformer`, and for blocks that
-    normalise after the linear layer instead of before (OLMo 2).
+    `+bf16`, `+fp16`: all that a kernel of that dtype stores, see `stored_tensors`.
+    `+a8`, `+a4`, `+afp8`: the inputs of the linear layers, symmetric, one scale per token over the whole input; the
+    unembedding and the routers of experts read full precision.
+    `+kv8`, `+kv4`, `+kvfp8`: keys, rotated as they are cached, and values; one scale per token and key-value head.
+    `-static`: one scale for each of these tensors (for all keys of a layer, all values of a layer), from the largest
+    magnitude over the `calibration` prompts; what is larger saturates. The ranges are those of `model` with nothing
+    rounded but what `+bf16` rounds.
+    `llm-int8`: int8 per token beside outliers, see `round_beside_outliers`.
+
+    Sums are in the model's dtype: a kernel's integer products are exact there, and a float32 product of rounded numbers
+    differs in the last bits. The largest static magnitudes stay on the model as `static_ranges`.
+    Raises `PrecisionSpecError` for blocks that are not known, norm weights that are folded, and static scales without
+    calibration prompts.
     """
-    if config.type not in HALF and config.type is not QuantizationType.INT8_DYNAMIC:
+    half = HALF.get(config.type) or HALF.get(config.compute)
+    outliers = config.outlier_threshold if config.type is QuantizationType.LLM_INT8 else None
+    inputs = config.activations is not None or outliers is not None
+    if half is None and not inputs and config.kv_cache is None:
         return
-    from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+    bridge = is_bridge(model)
+    if not bridge:
+        check_blocks(model, str(config))
+    if inputs:
+        check_unfolded(model, str(config))
+    at_inputs = [*(bridge_linear_inputs if bridge else linear_inputs)(model)] if inputs else []
+    at_cache = [*(bridge_keys_and_values if bridge else keys_and_values)(model)] if config.kv_cache else []
+    if half is not None:
+        for place in (bridge_stored_tensors if bridge else stored_tensors)(model):
+            _round(place, partial(round_to_dtype, dtype=half))
+    if outliers is not None:
+        for place in at_inputs:
+            _round(place, partial(round_beside_outliers, threshold=outliers))
+        at_inputs = []
+    formats = [(place, config.activations) for place in at_inputs] + [(place, config.kv_cache) for place in at_cache]
+    _round_to_formats(model, [(place, format) for place, format in formats if format is not None], calibration)
 
-    if model.cfg.original_architecture in POST_NORM_ARCHITECTURES:
-        raise PrecisionSpecError(
-            f"precision {config} rounds the inputs of linear layers, which {model.cfg.original_architecture} does "
-            "not take from "
-            "its norms; weight-only formats (int8, int4-g32, ...) can be simulated on it"
-        )
-    if not any(name in _LINEAR_INPUTS for name, _ in _in_blocks(model)):
-        raise PrecisionSpecError(
-            f"precision {config} rounds activations inside the blocks, and those of a {type(model).__name__} are not "
-            "known; load the model with wrapper='hooked'"
-        )
-    if config.type is QuantizationType.INT8_DYNAMIC:
-        for name, module in _in_blocks(model):
-            if name in _LINEAR_INPUTS:
-                _register(module, partial(_per_token, bits=8, axes=_LINEAR_INPUTS[name]))
-        return
-    rounding = partial(round_to_dtype, dtype=HALF[config.type])
-    for name, module in _in_blocks(model):
-        if name in (*_LINEAR_INPUTS, *_LINEAR_OUTPUTS, *_RESIDUAL):
-            _register(module, rounding)
-    if hasattr(model, "ln_final"):
-        _register(model.ln_final, rounding)
+
+def _round_to_formats(
+    model: Any, formats: Sequence[tuple[Place, ActivationConfig]], calibration: Sequence[Any] | None
+) -> None:
+    static = [place for place, format in formats if format.static]
+    ranges = observe_ranges(model, static, calibration) if static else {}
+    for place, format in formats:
+        if format.static:
+            _round(place, partial(round_fixed, format=format.format, largest=ranges[place.range_name]))
+        else:
+            _round(place, partial(round_rows, format=format.format))
+    if static:
+        model.static_ranges = {name: largest.item() for name, largest in ranges.items()}
+
+
+def _round(place: Place, rounding: Callable[[Tensor], Tensor]) -> None:
+    # The hook holds no module: a deep copy of the model shares its hooks, and must not keep the first model alive.
+    width, clip = place.width, place.clip
+
+    def by_rows(x: Tensor) -> Tensor:
+        return rounding(as_rows(x, width, clip)).view_as(x)
+
+    place.attach(lambda x: _StraightThrough.apply(x, by_rows))

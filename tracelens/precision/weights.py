@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from tracelens.errors import PrecisionSpecError
 
@@ -24,6 +24,9 @@ _AXES = {
     "W_gate": ((1,), (0,)),
     "W_out": ((1,), (0,)),
 }
+# Experts are modules of `nn.Linear`, which holds the matrix as it is. What chooses among them is left alone, as quantizers do.
+_EXPERT = r"blocks\.\d+\.mlp\.experts\.\d+\.W_(in|gate|out)\.weight"
+_ROUTER = r"blocks\.\d+\.mlp\.W_gate\.weight"
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class WeightMatrix:
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     out_axes: tuple[int, ...]
     in_axes: tuple[int, ...]
 
@@ -53,8 +56,8 @@ class WeightMatrix:
 
 
 def weight_matrices(model: Any) -> Iterator[WeightMatrix]:
-    """The weights of the linear layers inside the blocks: embeddings, unembedding, norms and biases are not among
-    them.
+    """The weights of the linear layers inside the blocks: embeddings, unembedding, norms, biases and the routers of experts
+    are not among them.
 
     Raises `PrecisionSpecError` for a matrix inside a block that it does not know, rather than leaving it in full
     precision.
@@ -64,6 +67,10 @@ def weight_matrices(model: Any) -> Iterator[WeightMatrix]:
         inside = re.match(r"blocks\.\d+\.", name)
         if inside and last in _AXES and parameter.ndim == sum(map(len, _AXES[last])):
             yield WeightMatrix(name, parameter, *_AXES[last])
+        elif re.fullmatch(_EXPERT, name):
+            yield WeightMatrix(name, parameter, (0,), (1,))
+        elif re.fullmatch(_ROUTER, name):
+            continue
         elif parameter.ndim >= 2 and not re.fullmatch(r"_?b_\w+|W_E|W_U|W_pos", last):
             raise PrecisionSpecError(
                 f"cannot tell the input axes of {name}, shape {tuple(parameter.shape)}: precisions are simulated on "
