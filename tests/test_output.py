@@ -47,14 +47,39 @@ def test_an_interrupted_write_changes_nothing_and_can_be_repeated(tmp_path, befo
 
 
 def test_the_marker_goes_last(tmp_path, monkeypatch):
-    """Whatever stops the move itself, a folder with a marker is whole."""
+    """Whatever stops the move itself, a folder with a version in its marker is whole."""
     from pathlib import Path
 
     moved = []
     replace = Path.replace
     monkeypatch.setattr(Path, "replace", lambda self, target: (moved.append(self.name), replace(self, target))[1])
     write(tmp_path / "out")
-    assert moved == ["table.csv", MARKER]
+    assert moved[0].startswith(f".{MARKER}")  # says that the folder is unfinished
+    assert moved[1:] == ["table.csv", MARKER]
+
+
+@pytest.mark.parametrize("before", [None, "one"])
+def test_an_interrupted_move_leaves_no_mixture_and_can_be_repeated(tmp_path, monkeypatch, before):
+    from pathlib import Path
+
+    folder = tmp_path / "out"
+    if before:
+        write(folder, before)
+    replace = Path.replace
+
+    def move(self, target):
+        if self.name == "table.csv":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", move)
+        with pytest.raises(KeyboardInterrupt):
+            write(folder, "two")
+    with pytest.raises(ResultFileError, match="out was not written to the end; write it again"):
+        read_marker(folder, KIND, 1)
+    write(folder, "two")
+    assert read_marker(folder, KIND, 1) == {"text": "two"}
 
 
 def test_a_check_makes_nothing(tmp_path):
