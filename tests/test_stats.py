@@ -12,10 +12,12 @@ from tracelens.stats import (
     Estimate,
     auroc,
     auroc_max_permutation,
+    auroc_under_permutation,
     benjamini_hochberg,
     bootstrap_weights,
     percentile_interval,
     sign_flip_test,
+    sign_flip_tests,
     wilson,
     wilson_low,
 )
@@ -157,3 +159,43 @@ def test_wilson_low_is_the_low_end_of_wilson():
 def test_wilson_low_puts_evidence_before_totality():
     few, many, half = wilson_low(np.array([1.0, 0.99, 0.5]), np.array([10, 800, 800]))
     assert many > few > half
+
+
+def test_sign_flips_of_many_features_are_those_of_each():
+    generator = torch.Generator().manual_seed(0)
+    d = torch.randn(20, 6, generator=generator, dtype=torch.float64) + torch.linspace(0, 1.5, 6)
+    together = sign_flip_tests(d, n_permutations=20_000)
+    alone = torch.tensor([sign_flip_test(column, n_permutations=20_000) for column in d.T])
+    torch.testing.assert_close(together, alone.double(), atol=0.01, rtol=0)
+    assert together[-1] == 1 / 20_001
+
+
+def test_sign_flips_by_hand():
+    # Three blocks that agree in sign: of 8 signings 2 reach the sum. A feature that does not move, and scales that do not matter.
+    d = torch.tensor([[1.0, 0.0, 1e-9], [1.0, 0.0, 1e-9], [1.0, 0.0, 1e-9]], dtype=torch.float64)
+    p = sign_flip_tests(d, n_permutations=40_000)
+    assert p[0].item() == pytest.approx(0.25, abs=0.01)
+    assert p[1] == 1
+    assert p[2] == p[0]
+    with pytest.raises(MetricInputError, match="differences hold NaN, first at index"):
+        sign_flip_tests(torch.tensor([[1.0, math.nan]]))
+
+
+def test_sign_flips_of_nothing_are_uniform():
+    d = torch.randn(40, 2000, generator=torch.Generator().manual_seed(1))
+    p = sign_flip_tests(d, n_permutations=2000)
+    for level in (0.01, 0.05, 0.2):
+        assert (p <= level).double().mean().item() == pytest.approx(level, abs=4 * math.sqrt(level / 2000))
+    assert (benjamini_hochberg(p) > 0.05).all()
+
+
+def test_no_p_values_adjust_to_none():
+    assert len(benjamini_hochberg(torch.zeros(0))) == 0
+
+
+def test_areas_of_many_labelings_are_those_of_each():
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randint(0, 5, (12, 7), generator=generator).double()
+    labels = torch.stack([torch.randperm(12, generator=generator) < 5 for _ in range(4)])
+    expected = torch.stack([auroc(scores, row) for row in labels])
+    torch.testing.assert_close(auroc_under_permutation(scores, labels), expected, rtol=1e-12, atol=0)

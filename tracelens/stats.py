@@ -108,6 +108,26 @@ def sign_flip_test(differences: Float[Tensor, "prompt"], n_permutations: int = 1
     return (1 + extreme) / (1 + n_permutations)
 
 
+def sign_flip_tests(
+    differences: Float[Tensor, "prompt feature"], n_permutations: int = 10_000, seed: int = 0
+) -> Float64[Tensor, "feature"]:
+    """`sign_flip_test` of every column, with the same signs for all, in float32: matrix products of [permutation, prompt] signs.
+
+    Sums within 1e-6 of Σ|d| of each other count as ties. Raises `MetricInputError` for NaN.
+    """
+    _no_nan("differences", differences.double().cpu().numpy())
+    d = differences.double().cpu()
+    size = d.abs().sum(0)
+    d = (d / size.where(size > 0, 1)).float()
+    observed = d.double().sum(0).abs().float() - 1e-6
+    extreme = torch.zeros(d.shape[1], dtype=torch.int64)
+    rng = np.random.default_rng(seed)
+    for count in _chunks(n_permutations, max(d.shape)):
+        signs = torch.from_numpy(rng.integers(0, 2, size=(count, len(d)), dtype=np.int8)).float() * 2 - 1
+        extreme += ((signs @ d).abs_() >= observed).sum(0)
+    return (1 + extreme).double() / (1 + n_permutations)
+
+
 def auroc(scores: Float[Tensor, "prompt feature"], labels: Bool[Tensor, "prompt"]) -> Float64[Tensor, "feature"]:
     """P(score of a True prompt > score of a False prompt), ties counting half: Mann–Whitney U / (n₁ n₀), in [0, 1].
 
@@ -143,8 +163,18 @@ def auroc_max_permutation(
     return (1 + exceeded) / (1 + n_permutations)
 
 
+def auroc_under_permutation(
+    scores: Float[Tensor, "prompt feature"], labels: Bool[Tensor, "permutation prompt"]
+) -> Float64[Tensor, "permutation feature"]:
+    """`auroc` for each of several labelings that have equally many True. Raises as `auroc`."""
+    ranks, n_true, n_false = _ranks(scores, labels[0])
+    return _auroc(labels.double() @ ranks, n_true, n_false)
+
+
 def benjamini_hochberg(p: Float[Tensor, "feature"]) -> Float64[Tensor, "feature"]:
-    """p values adjusted to control the false discovery rate (Benjamini & Hochberg, 1995)."""
+    """p values adjusted to control the false discovery rate (Benjamini & Hochberg, 1995); none gives none."""
+    if not len(p):
+        return torch.zeros(0, dtype=torch.float64)
     return torch.from_numpy(np.asarray(false_discovery_control(p.double().cpu().numpy())))
 
 
@@ -160,7 +190,7 @@ def _ranks(
     return torch.from_numpy(rankdata(values, axis=0)), n_true, n_false
 
 
-def _auroc(rank_sum: Float64[Tensor, "feature"], n_true: int, n_false: int) -> Float64[Tensor, "feature"]:
+def _auroc(rank_sum: Float64[Tensor, "..."], n_true: int, n_false: int) -> Float64[Tensor, "..."]:
     return (rank_sum - n_true * (n_true + 1) / 2) / (n_true * n_false)
 
 

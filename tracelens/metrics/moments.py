@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from tracelens.errors import MetricInputError
-from tracelens.metrics.support import JointSupport
+from tracelens.metrics.support import Activations, JointSupport
 
 _SUMS = ("n_ref", "n_quant", "n_both", "sum_ref", "sum_quant", "sum_ref_sq", "sum_quant_sq", "sum_cross")
 
@@ -75,6 +75,8 @@ class FeatureMoments:
         """
         if not moments or any(not torch.equal(m.n, moments[0].n) for m in moments):
             raise MetricInputError("only moments over the same tokens and blocks can stand side by side; got others")
+        if len(moments) == 1:
+            return moments[0]
         columns = (*_SUMS, "max_ref", "max_quant")
         return cls(n=moments[0].n, **{name: torch.cat([getattr(m, name) for m in moments], -1) for name in columns})
 
@@ -100,11 +102,12 @@ class MomentAccumulator:
 
     def update(
         self,
-        reference: Float[Tensor, "*token feature"],
-        quantized: Float[Tensor, "..."],
+        reference: Activations,
+        quantized: Activations,
         block: Int[Tensor, "..."] | None = None,
     ) -> "MomentAccumulator":
-        """Adds activations ≥ 0 of the same tokens in both models; `block` [token] says which block each belongs to.
+        """Adds activations ≥ 0 of the same tokens in both models, dense, scipy.sparse or `SparseActivations`; `block` [token] says
+        which block each belongs to.
 
         Raises `MetricInputError` for shapes that differ, another number of features, negative activations and blocks
         out of range; `NonFiniteError` for NaN and infinity.

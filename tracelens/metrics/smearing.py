@@ -1,29 +1,35 @@
 """Pairs of features that quantization makes fire alike: their cosine over tokens rises.
 
-Only the pairs above τ matter, so no Gram matrix is held: activations are logged sparsely, and at the end one sparse
-product per tile of features is cut down to its large entries. A log that outgrows its bound is folded into sparse Gram
-tiles, which bounds the memory of a stream of any length.
+Only the pairs above τ matter, so no Gram matrix is held. Activations are logged sparsely, in segments of bounded size, of which the
+older ones go to disk. A pair whose cosine over all tokens reaches τ reaches it in one segment at least, for
+Σ_s x_s·y_s < τ Σ_s ‖x_s‖‖y_s‖ ≤ τ ‖x‖‖y‖ otherwise (Cauchy–Schwarz). So the segments, one by one, name the candidates, and a second
+round takes the exact cosines of those.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 from scipy import sparse
-from torch import Tensor
 
 from tracelens.errors import MetricInputError
 from tracelens.metrics.result import Result
-from tracelens.metrics.support import Csr, JointSupport, shape_of
+from tracelens.metrics.spool import Kept, Spool
+from tracelens.metrics.support import Activations, JointSupport, shape_of
 
-_PAIRS = 2**12
-"""Pairs whose reference cosine is computed at once."""
+_ENTRIES = 2**21
+"""Entries of the columns whose products are taken at once (50 MB)."""
+
+_PRODUCTS = 2**23
+"""Multiplications of a tile of the Gram matrix, which has at most as many entries."""
 
 _ROUNDING = 1e-9
 """How far below a threshold a cosine may be and still meet it, so that identical columns have a cosine of 1."""
 
-Tiles = Sequence[sparse.csr_array]
+_SEGMENT = 2**22
+"""Entries of a segment: 50 MB of log, and about 400 MB while it is searched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,36 +67,38 @@ class SmearingResult(Result):
         return len(self.pairs)
 
 
+class _Segment(NamedTuple):
+    """Both models on some tokens, float64 [token, feature]; tokens without any entry are left out."""
+
+    reference: sparse.csr_array
+    quantized: sparse.csr_array
+
+
 class SmearingAccumulator:
     """Streams pairs of sparse activations; `finalize` finds the smeared pairs.
 
-    Time is about Σ over tokens of L0²/2 multiplications, memory 12 bytes per logged activation and at most
-    `log_limit` of them. By default that is where the Gram matrices become the smaller thing to hold.
+    Time is about Σ over tokens of L0²/2 multiplications. Memory does not grow with the tokens: full segments of `segment` entries, 12
+    bytes each, are kept by `spool` (by default the first four in memory, the rest on disk), and `finalize` works on one at a time. The
+    split into segments changes sums in the last bit only.
     """
 
-    def __init__(self, n_features: int, *, log_limit: int | None = None) -> None:
+    def __init__(self, n_features: int, *, segment: int = _SEGMENT, spool: Spool | None = None) -> None:
         self.n_features = n_features
-        self.log_limit = log_limit or min(2**24, max(2**18, n_features**2 // 4))
-        # Tiles are small enough for memory, and at least 8 so that nearly half of the symmetric product is skipped.
-        self._tile = max(1, min(2**22 // max(1, n_features), -(-n_features // 8)))
+        self.segment = segment
         self._log: list[tuple[np.ndarray, ...]] = []
         self._logged = 0
-        self._grams: tuple[Tiles, Tiles] | None = None
+        self._full: list[Kept] = []
+        self._spool = spool or Spool(limit=48 * segment)
         self._sums = np.zeros((4, n_features))
         self._leakage = np.zeros(2)
 
-    def update(
-        self,
-        reference: Float[Tensor, "*token feature"] | Csr,
-        quantized: Float[Tensor, "..."] | Csr,
-    ) -> "SmearingAccumulator":
-        """Adds activations ≥ 0 of the same tokens, dense or both as scipy.sparse CSR [token, feature].
+    def update(self, reference: Activations, quantized: Activations) -> "SmearingAccumulator":
+        """Adds activations ≥ 0 of the same tokens in both models, dense, scipy.sparse or `SparseActivations`.
 
         Raises `MetricInputError` for shapes that differ, another number of features and negative activations,
         `NonFiniteError` for NaN and infinity.
         """
-        dense = isinstance(reference, Tensor) and isinstance(quantized, Tensor)
-        return self.add((JointSupport.of if dense else JointSupport.of_sparse)(reference, quantized))  # pyright: ignore
+        return self.add(JointSupport.of(reference, quantized))
 
     def add(self, support: JointSupport) -> "SmearingAccumulator":
         """`update` with a support that is already there, as when moments are taken of the same activations."""
@@ -103,24 +111,32 @@ class SmearingAccumulator:
         mass_r, mass_q = (np.bincount(token, x, support.n_tokens) for x in (r, q))
         r64, q64 = r.astype(np.float64), q.astype(np.float64)
         self._leakage += (mass_r @ mass_q - r64 @ q64, mass_r @ mass_r - r64 @ r64)
+        for sums, weights in zip(self._sums, (r > 0, q > 0, r64 * r64, q64 * q64), strict=True):
+            sums += np.bincount(feature, weights, self.n_features)
         self._log.append((r, q, feature.astype(np.int32), rows[rows > 0].astype(np.int32)))
         self._logged += len(r)
-        if self._logged > self.log_limit:
-            self._fold()
+        if self._logged >= self.segment:
+            self.seal()
         return self
 
     def merge(self, other: "SmearingAccumulator") -> "SmearingAccumulator":
         """Adds what another accumulator has seen; raises `MetricInputError` for another number of features."""
         if self.n_features != other.n_features:
             raise MetricInputError(f"cannot merge smearing of {other.n_features} features into {self.n_features}")
+        self._full += other._full
         self._log += other._log
         self._logged += other._logged
         self._leakage = self._leakage + other._leakage
         self._sums = self._sums + other._sums
-        if other._grams is not None:
-            self._grams = _added(self._grams, other._grams)
-        if self._logged > self.log_limit:
-            self._fold()
+        if self._logged >= self.segment:
+            self.seal()
+        return self
+
+    def seal(self) -> "SmearingAccumulator":
+        """Gives what was added last to the spool too, as when nothing more comes for a while."""
+        if self._log:
+            self._full.append(self._spool.put(self._joined()))
+            self._log, self._logged = [], 0
         return self
 
     def finalize(self, tau: float = 0.5, delta: float = 0.2, min_active: int = 1) -> SmearingResult:
@@ -131,30 +147,17 @@ class SmearingAccumulator:
         """
         if not (0 < tau <= 1 and 0 < delta <= 1):
             raise MetricInputError(f"tau is {tau} and delta {delta}; both are cosines and must be in (0, 1]")
-        r, q = self._matrices()
-        n_ref, n_quant, sq_ref, sq_quant = self._sums + _column_sums(r, q)
+        n_ref, n_quant, sq_ref, sq_quant = self._sums
         active = (n_ref >= max(1, min_active)) & (n_quant >= max(1, min_active))
-        folded = self._grams or ([], [])
-        r_columns = r.tocsc()
-
-        found = []
-        for k, gram in enumerate(self._gram(q)):
-            start = k * self._tile
-            gram = (gram + folded[1][k] if folded[1] else gram).tocoo()
-            i, j = (c + start for c in gram.coords)
-            cosine = _cosine(gram.data, sq_quant[i], sq_quant[j])
-            keep = (cosine >= tau - _ROUNDING) & (i < j) & active[i] & active[j]
-            i, j = i[keep], j[keep]
-            dot_ref = _pair_dots(r_columns, i, j)
-            if folded[0] and len(i):
-                # Picked entries of a csr_matrix are dense in every scipy; those of a csr_array are sparse in some.
-                dot_ref += np.asarray(sparse.csr_matrix(folded[0][k])[i - start, j - start]).ravel()
-            found.append(np.stack([i, j, _cosine(dot_ref, sq_ref[i], sq_ref[j]), cosine[keep]]))
-        i, j, cos_ref, cos_quant = np.concatenate(found, axis=1) if found else np.empty((4, 0))
-        rose = np.flatnonzero(cos_quant - cos_ref >= delta - _ROUNDING)
-        rose = rose[np.argsort((cos_ref - cos_quant)[rose], kind="stable")]
+        i, j = self._candidates(tau, active)
+        dots = np.zeros((2, len(i)))
+        for segment in self._segments():
+            dots += [_pair_dots(side.tocsc(), i, j) for side in segment]
+        cos_ref, cos_quant = _cosine(dots[0], sq_ref[i], sq_ref[j]), _cosine(dots[1], sq_quant[i], sq_quant[j])
+        smeared = np.flatnonzero((cos_quant >= tau - _ROUNDING) & (cos_quant - cos_ref >= delta - _ROUNDING))
+        smeared = smeared[np.lexsort((j[smeared], i[smeared], (cos_ref - cos_quant)[smeared]))]
         return SmearingResult(
-            pairs=[SmearedPair(int(i[k]), int(j[k]), float(cos_ref[k]), float(cos_quant[k])) for k in rose],
+            pairs=[SmearedPair(int(i[k]), int(j[k]), float(cos_ref[k]), float(cos_quant[k])) for k in smeared],
             leakage=float(self._leakage[0]),
             leakage_reference=float(self._leakage[1]),
             tau=tau,
@@ -162,13 +165,34 @@ class SmearingAccumulator:
             min_active=min_active,
         )
 
-    def _matrices(self) -> tuple[sparse.csr_array, sparse.csr_array]:
-        """The log as reference and quantized matrix, float64; tokens without any entry are left out."""
-        if not self._log:
-            return sparse.csr_array((0, self.n_features)), sparse.csr_array((0, self.n_features))
+    def _candidates(self, tau: float, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs i < j of active features whose quantized cosine reaches τ in some segment, in order."""
+        found = np.empty(0, dtype=np.int64)
+        for segment in self._segments():
+            near = [found]
+            quantized = _only(segment.quantized, active)
+            squares = np.bincount(quantized.indices, quantized.data**2, self.n_features)
+            for start, gram in _gram(quantized):
+                i, j = (c + start for c in gram.coords)
+                keep = (i < j) & (_cosine(gram.data, squares[i], squares[j]) >= tau - _ROUNDING)
+                near.append(i[keep].astype(np.int64) * self.n_features + j[keep])
+            found = np.unique(np.concatenate(near))
+        return np.divmod(found, max(1, self.n_features))
+
+    def _segments(self) -> Iterator[_Segment]:
+        for kept in self._full:
+            yield self._matrices(kept())
+        if self._log:
+            yield self._matrices(self._joined())
+
+    def _joined(self) -> list[np.ndarray]:
+        """The open segment as single arrays: both values, feature, and how many entries each token has."""
         if len(self._log) > 1:
             self._log = [tuple(np.concatenate(column) for column in zip(*self._log, strict=True))]
-        *values, feature, rows = self._log[0]
+        return list(self._log[0])
+
+    def _matrices(self, log: list[np.ndarray]) -> _Segment:
+        *values, feature, rows = log
         ends = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         matrices = []
         for side in values:
@@ -177,20 +201,7 @@ class SmearingAccumulator:
             ends_on = np.concatenate([[0], np.cumsum(on)])[ends].astype(np.int32)
             shape = (len(rows), self.n_features)
             matrices.append(sparse.csr_array((side[on].astype(np.float64), feature[on], ends_on), shape=shape))
-        return matrices[0], matrices[1]
-
-    def _gram(self, x: sparse.csr_array) -> Iterator[sparse.csr_array]:
-        """XᵀX by tiles of rows: tile k holds rows from k · tile on, and the columns from there on."""
-        by_column = x.tocsc()
-        for start in range(0, self.n_features, self._tile):
-            yield by_column[:, start : start + self._tile].T @ x
-            x = x[:, self._tile :]
-
-    def _fold(self) -> None:
-        r, q = self._matrices()
-        self._sums = self._sums + _column_sums(r, q)
-        self._grams = _added(self._grams, (list(self._gram(r)), list(self._gram(q))))
-        self._log, self._logged = [], 0
+        return _Segment(*matrices)
 
 
 class FeatureSmearing:
@@ -199,20 +210,34 @@ class FeatureSmearing:
     def __init__(self, tau: float = 0.5, delta: float = 0.2, min_active: int = 1) -> None:
         self.tau, self.delta, self.min_active = tau, delta, min_active
 
-    def detect_smearing(
-        self,
-        reference: Float[Tensor, "*token feature"] | Csr,
-        quantized: Float[Tensor, "..."] | Csr,
-    ) -> SmearingResult:
+    def detect_smearing(self, reference: Activations, quantized: Activations) -> SmearingResult:
         """Raises as `SmearingAccumulator.update` and `.finalize`."""
         seen = SmearingAccumulator(shape_of(reference)[-1]).update(reference, quantized)
         return seen.finalize(self.tau, self.delta, self.min_active)
 
 
-def _column_sums(r: sparse.csr_array, q: sparse.csr_array) -> np.ndarray:
-    """n_ref, n_quant, Σr², Σq² of each feature."""
-    weights = ((r, None), (q, None), (r, r.data**2), (q, q.data**2))
-    return np.stack([np.bincount(x.indices, w, shape_of(x)[1]) for x, w in weights])
+def _only(x: sparse.csr_array, features: np.ndarray) -> sparse.csr_array:
+    """The matrix with nothing in the columns of other features."""
+    on = features[x.indices]
+    ends = np.concatenate([[0], np.cumsum(on)])[x.indptr]
+    return sparse.csr_array((x.data[on], x.indices[on], ends), shape=shape_of(x))
+
+
+def _gram(x: sparse.csr_array) -> Iterator[tuple[int, sparse.coo_array]]:
+    """XᵀX by tiles of rows: (first row, the tile's rows and the columns from there on)."""
+    n_features = shape_of(x)[1]
+    by_column = x.tocsc()
+    entries = np.diff(x.indptr)
+    products = np.bincount(x.indices, np.repeat(entries, entries), n_features).cumsum()
+    start = 0
+    while start < n_features:
+        done = products[start - 1] if start else 0
+        # At least 8 tiles, so that nearly half of the symmetric product is skipped.
+        stop = min(int(np.searchsorted(products, done + _PRODUCTS, "right")), start + -(-n_features // 8))
+        stop = max(stop, start + 1)
+        yield start, (by_column[:, start:stop].T @ x).tocoo()
+        x = x[:, stop - start :]
+        start = stop
 
 
 def _cosine(dots: np.ndarray, squares_i: np.ndarray, squares_j: np.ndarray) -> np.ndarray:
@@ -223,15 +248,11 @@ def _cosine(dots: np.ndarray, squares_i: np.ndarray, squares_j: np.ndarray) -> n
 
 def _pair_dots(x: sparse.csc_array, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     """x[:, i] · x[:, j] for each pair."""
+    lengths = np.diff(x.indptr)
+    part_of = (lengths[i] + lengths[j]).cumsum() // _ENTRIES
+    edges = [*np.flatnonzero(np.diff(part_of, prepend=-1)), len(i)]
     dots = [np.zeros(0)]
-    for start in range(0, len(i), _PAIRS):
-        part = slice(start, start + _PAIRS)
+    for start, stop in pairwise(edges):
+        part = slice(start, stop)
         dots.append(np.asarray(x[:, i[part]].multiply(x[:, j[part]]).sum(0)).ravel())
     return np.concatenate(dots)
-
-
-def _added(a: tuple[Tiles, Tiles] | None, b: tuple[Tiles, Tiles]) -> tuple[Tiles, Tiles]:
-    if a is None:
-        return b
-    reference, quantized = ([(x + y).tocsr() for x, y in zip(*sides, strict=True)] for sides in zip(a, b, strict=True))
-    return reference, quantized

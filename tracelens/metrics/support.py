@@ -1,6 +1,7 @@
-"""Where either of two sets of sparse activations is not zero: the one scan that moments and smearing both build on."""
+"""Sparse activations, and where either of two sets of them is not zero: the one scan that moments and smearing both build on."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,68 @@ _CHUNK = 2**18
 """Elements scanned at once on the CPU: the mask stays in cache."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class SparseActivations:
+    """What is not zero of activations [token, feature]: 12 bytes an entry in place of 4 bytes a cell.
+
+    Raises `MetricInputError` if there is not one value for each entry.
+    """
+
+    n_tokens: int
+    n_features: int
+    entry: Int64[Tensor, "_"]
+    """token × n_features + feature, ascending."""
+    value: Float[Tensor, "..."]
+    """In the dtype of the activations (float32 for half precision), NaN and negative values included."""
+
+    def __post_init__(self) -> None:
+        if self.value.shape != self.entry.shape:
+            raise MetricInputError(f"{len(self.entry)} entries have {len(self.value)} values; expected one for each")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.n_tokens, self.n_features
+
+    @classmethod
+    def of(cls, activations: "Activations") -> "SparseActivations":
+        """Of a dense tensor, whose leading axes are all tokens, or a scipy.sparse matrix [token, feature]; itself if it is sparse already.
+
+        Raises `MetricInputError` for a tensor of fewer than two axes.
+        """
+        if isinstance(activations, SparseActivations):
+            return activations
+        if not isinstance(activations, Tensor):
+            n_tokens, n_features = shape_of(activations)
+            return cls(n_tokens, n_features, *map(torch.from_numpy, _entries(activations)))
+        if activations.dim() < 2:
+            raise MetricInputError(f"activations have shape {tuple(activations.shape)}; expected [token, feature]")
+        flat = activations.detach().reshape(-1)
+        flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+        entry = _nonzero(flat)
+        return cls(activations.shape[:-1].numel(), activations.shape[-1], entry, flat.index_select(0, entry))
+
+    @classmethod
+    def stack(cls, parts: "list[SparseActivations]") -> "SparseActivations":
+        """The tokens of the parts, one after the other; there must be at least one, all of as many features."""
+        if len(parts) == 1:
+            return parts[0]
+        starts = np.cumsum([0, *(part.n_tokens for part in parts)])
+        shifted = [part.entry + int(start) * part.n_features for part, start in zip(parts, starts[:-1], strict=True)]
+        return cls(int(starts[-1]), parts[0].n_features, torch.cat(shifted), torch.cat([part.value for part in parts]))
+
+    def to(self, device: torch.device | str) -> "SparseActivations":
+        return SparseActivations(self.n_tokens, self.n_features, self.entry.to(device), self.value.to(device))
+
+    def places(self) -> tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]:
+        """Token and feature of each entry."""
+        return _places(self.entry, self.n_features)
+
+
+Activations = Tensor | Csr | SparseActivations
+"""Activations [token, feature] in any of the forms that `JointSupport.of` takes."""
+
+
+@dataclass(frozen=True, eq=False)
 class JointSupport:
     """The entries (token, feature) where the reference or the quantized model fires, in row order, with both values.
 
@@ -51,74 +113,70 @@ class JointSupport:
         raise NonFiniteError(f"{where}; expected finite values. Look for an overflow in the {side} model")
 
     @classmethod
-    def of(cls, reference: Float[Tensor, "*token feature"], quantized: Float[Tensor, "..."]) -> "JointSupport":
-        """The joint support of two dense tensors of one shape; all leading axes are tokens.
+    def of(cls, reference: Activations, quantized: Activations) -> "JointSupport":
+        """The joint support of activations of the same tokens, each dense, scipy.sparse or `SparseActivations`.
 
-        Raises `MetricInputError` for shapes that differ and for negative values, `NonFiniteError` for NaN or infinity.
+        The result does not depend on the form, to the bit. Raises `MetricInputError` for shapes that differ and for
+        negative values, `NonFiniteError` for NaN or infinity.
         """
-        # The shape of `quantized` is left open above so that a mismatch gives this error, also under a type checker.
-        _same_shape(reference.shape, quantized.shape)
-        n_features = reference.shape[-1]
-        r, q = _flat(reference), _flat(quantized).to(reference.device)
-        entry = _nonzero(r, q)
-        token = torch.div(entry, max(1, n_features), rounding_mode="floor")
-        return cls(
-            n_tokens=reference.shape[:-1].numel(),
-            n_features=n_features,
-            token=token,
-            feature=entry - token * n_features,
-            reference=r.index_select(0, entry),
-            quantized=q.index_select(0, entry),
-        )
-
-    @classmethod
-    def of_sparse(cls, reference: Csr, quantized: Csr) -> "JointSupport":
-        """The joint support of two scipy.sparse matrices [token, feature]; raises as `of`."""
         _same_shape(shape_of(reference), shape_of(quantized))
-        n_tokens, n_features = shape_of(reference)
-        sides = [_entries(matrix) for matrix in (reference, quantized)]
-        # Two sorted runs: a stable sort merges them, far faster than np.union1d hashes them.
-        keys = np.sort(np.concatenate([sides[0][0], sides[1][0]]), kind="stable")
-        entry = keys[np.diff(keys, prepend=-1) > 0]
-        values = []
-        for keys, data in sides:
-            dense = np.zeros(len(entry), dtype=np.float32 if data.dtype.itemsize < 4 else data.dtype)
-            dense[np.searchsorted(entry, keys)] = data
-            values.append(torch.from_numpy(dense))
-        token, feature = np.divmod(entry, max(1, n_features))
-        return cls(n_tokens, n_features, torch.from_numpy(token), torch.from_numpy(feature), *values)
+        r = SparseActivations.of(reference)
+        q = SparseActivations.of(quantized).to(r.value.device)
+        entry, *places = _union(r.entry, q.entry)
+        values = (
+            x.value if len(entry) == len(x.entry) else x.value.new_zeros(len(entry)).index_copy_(0, place, x.value)
+            for x, place in zip((r, q), places, strict=True)
+        )
+        return cls(r.n_tokens, r.n_features, *_places(entry, r.n_features), *values)
 
 
-def shape_of(matrix) -> tuple[int, ...]:
+def shape_of(matrix: Any) -> tuple[int, ...]:
     """The shape of a tensor or scipy.sparse matrix, which scipy's annotations leave open."""
     return tuple(matrix.shape)
 
 
 def _same_shape(reference: tuple[int, ...], quantized: tuple[int, ...]) -> None:
     if len(reference) < 2:
-        raise MetricInputError(f"activations have shape {tuple(reference)}; expected [token, feature]")
-    if tuple(reference) != tuple(quantized):
+        raise MetricInputError(f"activations have shape {reference}; expected [token, feature]")
+    if reference[-1] != quantized[-1] or np.prod(reference[:-1]) != np.prod(quantized[:-1]):
         raise MetricInputError(
-            f"reference activations have shape {tuple(reference)} and quantized ones {tuple(quantized)}; "
+            f"reference activations have shape {reference} and quantized ones {quantized}; "
             "both must be [token, feature] over the same tokens and the same SAE"
         )
 
 
-def _flat(activations: Tensor) -> Tensor:
-    flat = activations.detach().reshape(-1)
-    return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+def _places(entry: Int64[Tensor, "_"], n_features: int) -> tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]:
+    token = torch.div(entry, max(1, n_features), rounding_mode="floor")
+    return token, entry - token * n_features
 
 
-def _nonzero(r: Float[Tensor, "_"], q: Float[Tensor, "_"]) -> Int64[Tensor, "_"]:
-    """Flat indices where either is not zero (NaN included), ascending."""
-    if r.device.type != "cpu":
-        return ((r != 0) | (q != 0)).nonzero().squeeze(1)
+def _union(a: Int64[Tensor, "_"], b: Int64[Tensor, "..."]) -> tuple[Tensor, Tensor, Tensor]:
+    """What is in either of two ascending lists, ascending, and where in it each of them stands."""
+    if torch.equal(a, b):
+        here = torch.arange(len(a), device=a.device)
+        return a, here, here
+    both = torch.cat([a, b])
+    if a.device.type != "cpu":
+        union, place = both.unique(return_inverse=True)
+        return union, place[: len(a)], place[len(a) :]
+    # Two sorted runs: a stable sort merges them, far faster than they could be hashed or looked up.
+    order = np.argsort(both.numpy(), kind="stable")
+    merged = both.numpy()[order]
+    first = np.diff(merged, prepend=-1) > 0
+    place = np.empty_like(order)
+    place[order] = np.cumsum(first) - 1
+    union, place = torch.from_numpy(merged[first]), torch.from_numpy(place)
+    return union, place[: len(a)], place[len(a) :]
+
+
+def _nonzero(x: Float[Tensor, "_"]) -> Int64[Tensor, "_"]:
+    """Flat indices of what is not zero (NaN included), ascending."""
+    if x.device.type != "cpu":
+        return x.nonzero().squeeze(1)
     # numpy finds the few set bytes of a sparse mask about ten times faster than torch does on a CPU.
-    r_np, q_np = r.numpy(), q.numpy()
+    values = x.numpy()
     found = [np.empty(0, dtype=np.int64)]
-    for start in range(0, len(r_np), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        found.append(np.flatnonzero((r_np[part] != 0) | (q_np[part] != 0)) + start)
+    found += [np.flatnonzero(values[i : i + _CHUNK] != 0) + i for i in range(0, len(values), _CHUNK)]
     return torch.from_numpy(np.concatenate(found))
 
 
@@ -130,4 +188,5 @@ def _entries(matrix: Csr) -> tuple[np.ndarray, np.ndarray]:
         csr.sum_duplicates()
     n_tokens, n_features = shape_of(csr)
     row = np.repeat(np.arange(n_tokens, dtype=np.int64), np.diff(csr.indptr))
-    return row * n_features + csr.indices, csr.data
+    values = csr.data.astype(np.float32) if csr.data.dtype.itemsize < 4 else csr.data
+    return row * n_features + csr.indices, values
