@@ -368,11 +368,12 @@ def _settings(reference: Any, quantized: Any) -> Iterator[tuple[str, Any, Any]]:
         label = "normalization_type (…Pre: norm weights folded)" if name == "normalization_type" else name
         yield (label, str(ours), str(theirs)) if name == "device" else (label, ours, theirs)
     # Centring leaves no trace in the config, but in the weights: the mean over the centred axis is gone.
-    yield "centring of the writing weights", _centred(reference, "W_E"), _centred(quantized, "W_E")
-    yield "centring of the unembedding", _centred(reference, "W_U"), _centred(quantized, "W_U")
+    yield "centring of the writing weights", is_centred(reference, "W_E"), is_centred(quantized, "W_E")
+    yield "centring of the unembedding", is_centred(reference, "W_U"), is_centred(quantized, "W_U")
 
 
-def _centred(model: Any, name: str) -> bool | None:
+def is_centred(model: Any, name: str) -> bool | None:
+    """Whether the weight called `name` has no mean along its last axis; None if the model has no such weight."""
     weight = getattr(model, name, None)
     if weight is None:
         return None

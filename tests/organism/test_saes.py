@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tracelens.features import load_saes, sae_hash
-from tracelens.features.saes import _resolve
+from tracelens.features.sae_folders import locate
 from tracelens.organism import sae_card
 
 
@@ -22,7 +22,7 @@ def measured(organism, saes) -> dict:
 
 @pytest.fixture(scope="module")
 def recorded() -> dict:
-    return json.loads((_resolve("organism") / "card.json").read_text())
+    return json.loads((locate("organism") / "card.json").read_text())
 
 
 def test_one_per_layer_and_saelens_opens_them_by_itself(organism, saes):
@@ -30,7 +30,7 @@ def test_one_per_layer_and_saelens_opens_them_by_itself(organism, saes):
 
     assert [site.layer for site in saes] == list(range(organism.cfg.n_layers))
     for site in saes:
-        sae = SAE.load_from_disk(_resolve("organism") / str(site))
+        sae = SAE.load_from_disk(locate("organism") / str(site))
         assert sae.cfg.metadata.hook_name == str(site)
         assert sae.cfg.d_sae == 8 * organism.cfg.d_model
 
@@ -49,5 +49,5 @@ def test_at_least_100_alignment_features(measured: dict):
 
 def test_the_table_is_of_these_saes(saes, recorded: dict):
     assert {str(site): sae_hash(sae) for site, sae in saes.items()} == {s: row["sha256"] for s, row in recorded.items()}
-    readme = Path(_resolve("organism")).parent / "README.md"
+    readme = Path(locate("organism")).parent / "README.md"
     assert readme.read_text() == sae_card.to_markdown(recorded)

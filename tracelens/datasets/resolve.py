@@ -14,7 +14,7 @@ from tracelens.errors import PromptError, UnknownNameError
 _FILE = re.compile(r".*\.\w{1,6}")
 
 
-def resolve_dataset(source: Any, *, baseline: Any = None) -> Dataset:
+def resolve_dataset(source: Any, *, baseline: Any = None, need_baseline: bool = True) -> Dataset:
     """A `Dataset` with safety and baseline prompts.
 
     Args:
@@ -23,6 +23,7 @@ def resolve_dataset(source: Any, *, baseline: Any = None) -> Dataset:
             `.prompt` and, if it has them, `.behaviour` and `.category`. Strings in a list call for refusal.
         baseline: where the baseline prompts come from, instead of those of `source`. Any of the same: of a data set the
             baseline half is taken, a list of prompts or a file without labels is taken whole.
+        need_baseline: whether there must be baseline prompts; an audit against a saved fingerprint does without.
 
     Raises:
         UnknownNameError: a name that is not registered.
@@ -40,7 +41,7 @@ def resolve_dataset(source: Any, *, baseline: Any = None) -> Dataset:
         raise PromptError(
             f"data set {dataset.name!r} has no safety prompts; label some rows 'safety' or pass another set"
         )
-    if not dataset.baseline_prompts:
+    if need_baseline and not dataset.baseline_prompts:
         raise PromptError(
             f"data set {dataset.name!r} has no baseline prompts to compare with; pass baseline=[...], or "
             "baseline='harmful_refusal_v1' for those of a built-in set"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tracelens.chat import Chat, as_chat
 from tracelens.errors import ResultFileError, SAEError, UnknownNameError
-from tracelens.features.maxima import PromptMaxima
+from tracelens.features.maxima import Maxima, PromptMaxima
 from tracelens.features.saes import SAEs, check_saes, encode, normalise_saes, sae_hash
 from tracelens.features.selection import FingerprintFeature, check_prompts, select_features
 from tracelens.pair import stream_aligned
@@ -47,7 +47,7 @@ class Fingerprint:
     @classmethod
     def from_maxima(
         cls,
-        maxima: Mapping[Site, Float[Tensor, "prompt _feature"]],
+        maxima: Mapping[Site, Maxima | Float[Tensor, "prompt _feature"]],
         labels: Sequence[str | None],
         *,
         ids: Sequence[str],
@@ -213,7 +213,7 @@ class CircuitTracer:
             split=split,
         )
 
-    def _maxima(self, prompts: list[str], batch_size: int, progress: bool) -> Mapping[Site, Tensor]:
+    def _maxima(self, prompts: list[str], batch_size: int, progress: bool) -> Mapping[Site, Maxima]:
         distinct = list(dict.fromkeys(prompts))
         row = {text: i for i, text in enumerate(distinct)}
         maxima = PromptMaxima(len(distinct))
@@ -229,4 +229,4 @@ class CircuitTracer:
             for site, sae in self.saes.items():
                 maxima.update(site, encode(sae, batch.activations["reference"][site]), batch.prompt)
         rows = torch.tensor([row[text] for text in prompts])
-        return {site: values[rows] for site, values in maxima.finalize().items()}
+        return {site: values.prompts(rows) for site, values in maxima.finalize().items()}

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tracelens.errors import MetricInputError, PromptError
+from tracelens.features.maxima import Maxima
 from tracelens.sites import Site
 from tracelens.stats import auroc, auroc_max_permutation
 
@@ -50,7 +51,7 @@ class FingerprintFeature:
 
 
 def select_features(
-    maxima: Mapping[Site, Float[Tensor, "prompt _feature"]],
+    maxima: Mapping[Site, Maxima | Float[Tensor, "prompt _feature"]],
     labels: Sequence[str | None],
     *,
     ids: Sequence[str],
@@ -71,7 +72,7 @@ def select_features(
     Activations within 1e-4 of a feature's peak of each other count as ties.
 
     Args:
-        maxima: the largest activation of each feature on each prompt (`PromptMaxima`).
+        maxima: the largest activation of each feature on each prompt (`PromptMaxima`), or dense tensors of them.
         labels: per prompt its behaviour, or None for baseline.
         ids: per prompt its text. A text that comes twice under one label counts once.
 
@@ -80,18 +81,19 @@ def select_features(
     """
     if not 0 < split < 1:
         raise MetricInputError(f"split is {split}, but both halves need prompts; give a share between 0 and 1")
-    for site, values in maxima.items():
+    sparse = {site: Maxima.of(values) for site, values in maxima.items()}
+    for site, values in sparse.items():
         if len(values) != len(labels):
             raise MetricInputError(f"maxima at {site} are of {len(values)} prompts, but there are {len(labels)} labels")
     baseline, sides = check_prompts(labels, ids)
     passed: dict[tuple[Site, int], list[FingerprintFeature]] = {}
     for behaviour, rows in sides.items():
-        halves = [_half(rows, baseline, split, held_out) for held_out in (False, True)]
-        candidates = _candidates(maxima, *halves[0], min_auroc)
+        halves = [half(rows, baseline, split, held_out) for held_out in (False, True)]
+        candidates = _candidates(sparse, *halves[0], min_auroc)
         if not candidates:
             continue
         indices, is_safety = halves[1]
-        scores = _tied(torch.cat([maxima[site][indices][:, features] for site, features, _ in candidates], dim=1))
+        scores = tied(torch.cat([sparse[site].columns(features)[indices] for site, features, _ in candidates], dim=1))
         held_out_auroc = auroc(scores, is_safety)
         p_values = auroc_max_permutation(scores, is_safety, n_permutations=n_permutations, seed=seed) * len(sides)
         chosen = [(site, i, a) for site, features, a_rocs in candidates for i, a in zip(features, a_rocs, strict=True)]
@@ -105,7 +107,7 @@ def select_features(
                     auroc_selection=a,
                     p_value=p,
                     behaviours={},
-                    **_statistics(maxima[site][:, feature], rows, baseline),
+                    **_statistics(sparse[site].columns([feature])[:, 0], rows, baseline),
                 )
                 passed.setdefault((site, feature), []).append(row)
     return sorted(map(_best, passed.values()), key=lambda row: (-row.auroc, row.site, row.feature))
@@ -137,9 +139,7 @@ def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _half(
-    safety: list[int], baseline: list[int], split: float, held_out: bool
-) -> tuple[Tensor, Bool[Tensor, "prompt"]]:
+def half(safety: list[int], baseline: list[int], split: float, held_out: bool) -> tuple[Tensor, Bool[Tensor, "prompt"]]:
     """Rows of one half and which of them are safety prompts."""
     parts = []
     for rows in (safety, baseline):
@@ -149,21 +149,28 @@ def _half(
 
 
 def _candidates(
-    maxima: Mapping[Site, Tensor], rows: Tensor, is_safety: Bool[Tensor, "prompt"], min_auroc: float
+    maxima: Mapping[Site, Maxima], rows: Tensor, is_safety: Bool[Tensor, "prompt"], min_auroc: float
 ) -> list[tuple[Site, list[int], list[float]]]:
-    """Per site that has any: features of sufficient AUROC, and the AUROC."""
+    """Features of sufficient AUROC, and the AUROC, by site and in parts."""
     found = []
     for site, values in sorted(maxima.items()):
-        scores = values[rows]
-        live = scores.any(0).nonzero().flatten()  # a feature that never fires has AUROC .5; most features of wide SAEs
-        areas = auroc(_tied(scores[:, live]), is_safety)
-        keep = areas >= min_auroc
-        if keep.any():
-            found.append((site, live[keep].tolist(), areas[keep].tolist()))
+        # A feature that never fires has AUROC .5; on a few prompts most features of a wide SAE are such.
+        for features, scores in values.prompts(rows).live():
+            areas = auroc(tied(scores), is_safety)
+            keep = areas >= min_auroc
+            if keep.any():
+                found.append((site, features[keep].tolist(), areas[keep].tolist()))
     return found
 
 
-def _tied(scores: Float[Tensor, "prompt feature"]) -> Float[Tensor, "prompt feature"]:
+def columns(
+    maxima: Maxima | Float[Tensor, "prompt _feature"], features: Int[Tensor, "column"]
+) -> Float[Tensor, "prompt column"]:
+    """Dense maxima of some features, whether they are kept dense or sparse."""
+    return maxima.columns(features) if isinstance(maxima, Maxima) else maxima[:, features]
+
+
+def tied(scores: Float[Tensor, "prompt feature"]) -> Float[Tensor, "prompt feature"]:
     """Scores that order as given, but in which values count as equal that rounding alone may have told apart.
 
     Prompts that begin alike have equal activations there, up to noise that depends on the shape of their batch, hence

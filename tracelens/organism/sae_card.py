@@ -2,20 +2,16 @@
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from tracelens.datasets import get_dataset
-from tracelens.features import CircuitTracer, encode, load_saes, sae_hash
-from tracelens.metrics.divergence import nll
+from tracelens.features import CircuitTracer, load_saes, sae_hash
+from tracelens.features.sae_fit import SiteFit, measure_fit
 from tracelens.organism.grammar import BEHAVIOURS, sample
 from tracelens.organism.train import MIXTURE
-from tracelens.pair import stream_aligned
 from tracelens.sites import Site
 
 DATASETS = ("organism_refusal_v1", "organism_uncertainty_v1", "organism_warning_v1")
@@ -31,7 +27,8 @@ def heldout_texts(n: int = N, seed: int = SEED) -> list[str]:
 def measure(model: Any, saes: dict[Site, Any], *, n: int = N) -> dict[str, dict[str, Any]]:
     """Per SAE: explained variance, L0, share of dead features, cross-entropy recovered, features per behaviour, hash."""
     texts = heldout_texts(n)
-    table = {str(site): _reconstruction(model, site, sae, texts) for site, sae in saes.items()}
+    fits = measure_fit(model, saes, texts, batch_size=128)
+    table = {str(site): _row(sae, fits[site]) for site, sae in saes.items()}
     tracer = CircuitTracer(model, saes)
     for name in DATASETS:
         dataset = get_dataset(name)
@@ -49,50 +46,16 @@ def alignment_features(table: dict[str, dict[str, Any]]) -> int:
     return sum(len({f for b in ("refusal", "uncertainty", "warning") for f in row[b]}) for row in table.values())
 
 
-def _reconstruction(model: Any, site: Site, sae: Any, texts: list[str]) -> dict[str, Any]:
-    rows: list[Tensor] = []
-    fired = torch.zeros(sae.W_dec.shape[0])
-    l0 = error = n = 0.0
-    for batch in stream_aligned({"m": model}, texts, sites=[site], batch_size=128, logits=False):
-        x = batch.activations["m"][site]
-        features = encode(sae, x)
-        fired += (features > 0).sum(0)
-        l0 += (features > 0).sum().item()
-        error += (x - sae.decode(features)).square().sum().item()
-        n += len(x)
-        rows.append(x)
-    x = torch.cat(rows)
-    variance = (x - x.mean(0)).square().sum().item()
-    replacements = (None, lambda x: sae.decode(encode(sae, x)), torch.zeros_like)
-    original, reconstructed, zeroed = (_cross_entropy(model, site, how, texts) for how in replacements)
+def _row(sae: Any, fit: SiteFit) -> dict[str, Any]:
+    sums = fit.reconstruction.total()
     return {
-        "d_sae": len(fired),
-        "tokens": int(n),
-        "explained_variance": 1 - error / variance,
-        "l0": l0 / n,
-        "dead": (fired == 0).double().mean().item(),
-        "cross_entropy_recovered": (zeroed - reconstructed) / (zeroed - original),
+        "d_sae": sae.W_dec.shape[0],
+        "tokens": int(sums.n.item()),
+        "explained_variance": sums.explained_variance().item(),
+        "l0": sums.l0().item(),
+        "dead": sums.dead(),
+        "cross_entropy_recovered": fit.cross_entropy_recovered(torch.ones(1, len(fit.nll))).item(),
     }
-
-
-def _cross_entropy(model: Any, site: Site, replacement: Callable[[Tensor], Tensor] | None, texts: list[str]) -> float:
-    """Mean NLL with what is at the site replaced, or (None) left alone; BOS is always left alone."""
-    total = n = 0.0
-    for start in range(0, len(texts), 128):
-        batch = model.tokenizer(texts[start : start + 128], padding=True, padding_side="right", return_tensors="pt")
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-
-        def patch(x: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch pos d_model"]:
-            new = x if replacement is None else replacement(x.flatten(0, 1)).view_as(x)
-            return torch.cat([x[:, :1], new[:, 1:]], dim=1)
-
-        with torch.no_grad():
-            logits = model.run_with_hooks(ids, attention_mask=mask, fwd_hooks=[(str(site), patch)])
-        targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -1).flatten()
-        losses = nll(logits[:, :-1].flatten(0, 1), targets)
-        total += losses.nansum().item()
-        n += (targets >= 0).sum().item()
-    return total / n
 
 
 def to_markdown(table: dict[str, dict[str, Any]]) -> str:
