@@ -33,3 +33,10 @@ def _rewritten(model: Any, change: Tensor, layer: int) -> Any:
         model,
         {name: (p.detach().double() @ change).to(p) for name in writers if (p := parameters.get(name)) is not None},
     )
+
+
+def written(model: Any, amounts: Tensor, directions: Tensor) -> Any:
+    """The model whose embedding writes along `directions` [direction, d_model] too: `amounts` [token, direction] of them."""
+    embedding = model.embed.W_E.detach()
+    extra = amounts.double() @ directions.double()
+    return copy_sharing(model, {"embed.W_E": (embedding.double() + extra).to(embedding)})

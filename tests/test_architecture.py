@@ -18,12 +18,14 @@ LAYERS = [
     {"loading", "precision", "datasets", "organism", "hooks"},
     {"pair"},
     {"features", "causal", "directions", "behaviour"},
-    {"audit", "assembly", "audit_report", "verdict", "optimization_auditor"},
+    {"audit", "audit_settings", "audit_report", "auditing", "optimization_auditor", "sweep_result", "studies"},
     {"views", "cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 TOGETHER = [LAYERS[6], LAYERS[7], {"features", "behaviour"}]
-SCRIPTS = {path for path in PACKAGE.glob("organism/*.py") if path.stem in ("train", "train_saes", "card", "sae_card")}
+SCRIPTS = {
+    path for path in PACKAGE.glob("organism/*.py") if path.stem in ("train", "train_saes", "card", "sae_card", "damage")
+}
 """Run by `python -m`, imported by nothing: they stand on top of the package."""
 
 FILES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py"} - SCRIPTS)
@@ -69,7 +71,7 @@ def test_arrows_point_down(path):
     far = {name for name in lazy - together - {"views"} if RANK[name] > RANK[home]}
     assert not far, f"{home} imports {far}"
     if "views" in lazy:
-        assert home in together & {"audit_report", "optimization_auditor", "views", "cli"}
+        assert home in together & {"audit_report", "sweep_result", "studies", "features", "views", "cli"}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("metrics/*.py")), ids=lambda path: path.name)
@@ -82,7 +84,17 @@ def test_metrics_are_tensor_maths(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_heavy_libraries_are_imported_where_they_are_used(path):
-    heavy = {"transformer_lens", "sae_lens", "transformers", "plotly", "pandas", "matplotlib", "ipywidgets"}
+    heavy = {
+        "transformer_lens",
+        "sae_lens",
+        "transformers",
+        "plotly",
+        "pandas",
+        "matplotlib",
+        "ipywidgets",
+        "sklearn",
+        "llmcompressor",
+    }
     assert not {name.split(".")[0] for name in imports(path)[0]} & heavy
 
 

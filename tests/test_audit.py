@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,10 +10,11 @@ from tests import handmade
 from tests.handmade import OPTIONS, SAFETY, TOKEN, ReadOut, feature_table
 from tests.planted import unwritten
 from tests.tiny import WORDS
-from tracelens import Audit, AuditReport, Fingerprint, Site, load
-from tracelens.audit import made_once
+from tracelens import Audit, AuditReport, CircuitTracer, Fingerprint, Site, load, load_saes
 from tracelens.audit_report import severity
+from tracelens.auditing.assembly import error_in_weights_alone
 from tracelens.behaviour import AnswerTokens
+from tracelens.datasets import get_dataset
 from tracelens.errors import PromptError, ResultFileError, TracelensError
 from tracelens.precision import QuantizationConfig, apply_precision
 from tracelens.precision.sharing import copy_sharing
@@ -199,7 +201,7 @@ LAYOUTS = {
     "one by one": {"batch_size": 1},
     "batches of 7, padded left": {"batch_size": 7, "padding_side": "left"},
     "one batch": {"batch_size": 100},
-    "models in turn": {"models_at_once": 1},
+    "everything on disk": {"memory": 0.0},
 }
 
 
@@ -238,7 +240,8 @@ def test_controls_stand_beside_and_can_be_left_out(tiny):
     model, saes, prompts = tiny
     made = Audit(model, precision="int2-g8").load_sae(saes)
     report = made.trace_features(prompts, **OPTIONS, min_auroc=0.8)
-    assert set(report.controls) == {"bf16", "noise", "random"}
+    assert set(report.controls) == {"bf16", "noise", "permuted", "random", "labels"}
+    assert report.absent == {}
     assert report.controls["bf16"]["capability"].value > 0.99
     # Noise of the same norm does damage of the same order, where bf16 does next to none.
     ours, noise = report.cpfr["capability"], report.controls["noise"]["capability"]
@@ -246,10 +249,90 @@ def test_controls_stand_beside_and_can_be_left_out(tiny):
     assert abs(ours.value - noise.value) < 0.15
     assert 0 <= report.controls["noise"].flips.value <= 1
     bare = made.trace_features(prompts, **OPTIONS, min_auroc=0.8, controls=False)
-    assert set(bare.controls) == {"random"}
+    assert set(bare.controls) == {"random", "labels"}
+    assert set(bare.absent) == {"noise", "permuted", "bf16"}
     assert bare.verdict.against_noise is None
     assert "noise" not in bare.verdict.text
-    pd.testing.assert_frame_equal(bare.features, report.features)
+    assert "No matched noise: controls were switched off." in bare.summary()
+    assert bare.features["fidelity_noise"].isna().all()
+    same = bare.features.columns.drop("fidelity_noise")
+    pd.testing.assert_frame_equal(bare.features[same], report.features[same])
+
+
+@pytest.fixture(scope="module")
+def noisy(reference):
+    """Embeddings that are off by a little, in every direction."""
+    error = torch.randn(reference.W_E.shape, generator=torch.Generator().manual_seed(4))
+    return copy_sharing(reference, {"embed.W_E": reference.W_E + 0.1 * error})
+
+
+def test_every_number_has_its_controls(reference, noisy):
+    report = audit(reference, noisy, noise_seeds=5)
+    assert set(report.shares) == set(report.cpfr) == {"safety", "capability"}
+    for name in ("bf16", "noise", "permuted"):
+        control = report.controls[name]
+        assert set(control.cpfr) == set(control.shares) == set(report.cpfr)
+        for number in ("flips", "refuse_to_comply", "comply_to_refuse", "kl", "top1", "perplexity", "smeared"):
+            assert control[number] is not None, (name, number)
+    for name in ("random", "labels"):
+        assert set(report.controls[name].cpfr) == set(report.controls[name].shares) == {"safety"}
+        assert 0 < report.controls[name]["safety"].value < 1
+    # This error is noise of its own size, and bf16 does next to nothing.
+    assert report.controls["bf16"].kl.value < 0.05 * report.divergence.kl.value
+    assert 0.2 < report.controls["noise"].kl.value / report.divergence.kl.value < 5
+    assert report.controls["bf16"]["safety"].value > 0.999 > report.controls["noise"]["safety"].value
+    assert report.controls["bf16"].smeared == 0
+    assert report.verdict.relation == "like noise"
+    assert report.verdict.relation in report.verdict.headline
+    for name in ("fidelity", "fidelity_noise"):
+        assert report.features[name].between(0, 1).all()
+    assert report.features["fidelity_noise"].mean() == pytest.approx(report.features["fidelity"].mean(), abs=0.05)
+    for contrast in ("against_noise", "against_permuted", "flips_against_noise", "kl_against_noise"):
+        assert getattr(report.verdict, contrast) is not None
+
+
+def test_without_safety_features_there_are_no_sets_like_them(reference, noisy):
+    report = audit(reference, noisy, min_auroc=1.01, noise_seeds=2)
+    assert set(report.controls) == {"bf16", "noise", "permuted"}
+    assert report.absent == {"random": "no safety features", "labels": "no safety features"}
+    assert math.isnan(report.shares["safety"].survived.value)
+    assert report.verdict.relation is None
+    assert "No safety features were found" in report.summary()
+    assert "nan" not in report.summary()
+    assert report.to_dict()["controls"]["noise"]["cpfr"]["safety"]["value"] is None
+
+
+def test_shares_count_the_rows_of_the_table(tiny):
+    model, saes, prompts = tiny
+    report = Audit(model, precision="int2-g8").load_sae(saes).trace_features(
+        prompts, **OPTIONS, min_auroc=0.8, controls=False, survived_at=0.95, damaged_at=0.8
+    )  # fmt: skip
+    table = report.features
+    assert len(set(table["survival"])) > 1
+    for name, rows in (("safety", report.safety_features), ("capability", table[table["behaviour"] == "capability"])):
+        shares = report.shares[name]
+        for share in ("survived", "blurred", "damaged"):
+            assert shares[share].value == pytest.approx((rows["survival"] == share).mean())
+        assert shares.degraded.value == pytest.approx(rows["degraded"].mean())
+        assert shares.muted.value == pytest.approx((rows["muting_rate"] >= 0.9).mean())
+    assert (table["correlation"] >= 0.95).tolist() == (table["survival"] == "survived").tolist()
+    assert "survived (correlation ≥ 0.95)" in report.summary()
+
+
+def test_shifts_are_found_where_they_are(damaged):
+    rows = damaged.features
+    moved = rows["feature"].isin([0, 5])
+    assert (rows.loc[moved, "q_shift"] < 0.01).all()
+    assert (rows.loc[~moved, "q_shift"] > 0.05).all()
+    assert (rows["q_shift"] >= rows["p_shift"]).all()
+
+
+@pytest.mark.parametrize(
+    ("precision", "alone"),
+    [(None, True), ("int4-g32", True), ("int4+bf16", True), ("nvfp4", True), ("int8+a4", False), ("int4+kv8", False)],
+)
+def test_noise_in_the_weights_does_not_stand_for_rounded_activations(precision, alone):
+    assert error_in_weights_alone(precision) == alone
 
 
 def test_one_draw_of_noise_tells_nothing(tiny):
@@ -266,8 +349,9 @@ def test_one_draw_of_noise_tells_nothing(tiny):
 def test_a_reference_that_simulates_a_precision_has_no_bf16_floor(tiny):
     model, saes, prompts = tiny
     low = apply_precision(model, "int4")
-    report = Audit(low, low).load_sae(saes).trace_features(prompts, **OPTIONS, min_auroc=0.8, noise_seeds=0)
-    assert set(report.controls) == {"random"}
+    report = Audit(low, low).load_sae(saes).trace_features(prompts, **OPTIONS, min_auroc=0.8)
+    assert set(report.controls) == {"random", "labels"}
+    assert "the reference already simulates a precision" in report.absent["noise"]
 
 
 def test_a_fingerprint_is_used_again(tiny, tmp_path):
@@ -289,23 +373,48 @@ def test_a_fingerprint_is_used_again(tiny, tmp_path):
         made.trace_features(few, **options)
 
 
+def test_a_saved_fingerprint_needs_no_baseline_prompts(damaged, reference, noisy, tmp_path):
+    damaged.fingerprint.save(tmp_path / "fingerprint.json")
+    other = Audit(reference, noisy).load_sae({0: ReadOut(), 1: ReadOut()})
+    report = other.trace_features(PROMPTS["refusal"], **OPTIONS, fingerprint=tmp_path / "fingerprint.json")
+    assert report.prompts["prompt"].tolist() == PROMPTS["refusal"]
+    assert len(report.safety_features) == 2 * SAFETY
+    assert report.prompts["safety"].all()
+    assert "labels" not in report.controls
+    assert "No permuted labels: the fingerprint was given" in report.summary()
+    assert report.verdict.relation is not None
+    with pytest.raises(PromptError, match="no baseline prompts"):
+        other.trace_features(PROMPTS["refusal"], **OPTIONS)
+
+
+def test_the_organism_s_fingerprint_on_another_build_of_it(organism, tmp_path):
+    saes = load_saes("organism")
+    prompts = get_dataset("organism_refusal_v1")
+    found = CircuitTracer(organism, saes).create_fingerprint(
+        {"refusal": prompts.safety_prompts}, prompts.baseline_prompts
+    )
+    found.save(tmp_path / "fingerprint.json")
+    built = Audit(organism, Path(__file__).parent / "fixtures/organism/gptq").load_sae(saes)
+    report = built.trace_features(
+        {"refusal": prompts.safety_prompts[:40]},
+        fingerprint=tmp_path / "fingerprint.json",
+        n_resamples=100,
+        noise_seeds=2,
+    )
+    assert report.fingerprint == found
+    assert 0.5 < report.cpfr["safety"].value < 1
+    assert report.flips.n == 40
+    assert report.verdict.relation is not None
+
+
 def test_too_few_prompts_are_refused_before_a_model_runs(tiny, monkeypatch):
     model, saes, prompts = tiny
     made = Audit(model, precision="int4").load_sae(saes)
-    monkeypatch.setattr("tracelens.audit.measure_survival", lambda *args, **kwargs: pytest.fail("the models ran"))
+    monkeypatch.setattr(
+        "tracelens.auditing.running.ReferencePass", lambda *args, **kwargs: pytest.fail("the models ran")
+    )
     with pytest.raises(PromptError, match="3 distinct prompts"):
         made.trace_features({"refusal": prompts["refusal"][:3], "baseline": prompts["baseline"]}, **OPTIONS)
-
-
-def test_a_quantized_model_is_made_once_and_let_go():
-    calls = []
-    give = made_once(lambda: calls.append("made") or torch.nn.Linear(2, 2))
-    held = [give(), give()]
-    assert held[0] is held[1]
-    assert calls == ["made"]
-    held.clear()
-    give()
-    assert calls == ["made"] * 2
 
 
 def test_save_and_load(damaged, tmp_path):
@@ -344,7 +453,7 @@ def test_a_folder_that_holds_no_report(tmp_path, damaged):
     with pytest.raises(ResultFileError, match="not an audit report"):
         AuditReport.load(folder)
     (folder / "report.json").write_text('{"tracelens_audit_report": 99}')
-    with pytest.raises(ResultFileError, match="version 1"):
+    with pytest.raises(ResultFileError, match="another version of Tracelens; this one reads version 2"):
         AuditReport.load(folder)
 
 

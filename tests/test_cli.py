@@ -1,18 +1,22 @@
+import csv
 import io
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.tiny import WORDS
+from tests.tiny import WORDS, write_checkpoint
 from tests.views.made_up import made_up_report, made_up_sweep, report_without_safety_features
 from tracelens import __version__
 from tracelens.audit_report import AuditReport
@@ -77,6 +81,8 @@ def made_up(monkeypatch):
         given = {}
 
         class Audit:
+            reference = SimpleNamespace(cfg=SimpleNamespace(device="cpu"))
+
             def __init__(self, *models, **placement):
                 given.update(placement, models=models)
 
@@ -88,7 +94,12 @@ def made_up(monkeypatch):
                 given.update(settings, dataset=dataset)
                 return report
 
+        def load_saes(source, *, layers, sites, device, progress):
+            given.update(layers=layers, sites=sites)
+            return source
+
         monkeypatch.setattr("tracelens.audit.Audit", Audit)
+        monkeypatch.setattr("tracelens.features.load_saes", load_saes)
         return given
 
     return set_report
@@ -116,7 +127,7 @@ def test_help_loads_nothing_heavy(argv):
     assert (__version__ if argv == ["--version"] else "exit codes") in done.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "audit", "sweep", "datasets"])
+@pytest.mark.parametrize("command", ["demo", "audit", "sweep"])
 def test_every_command_explains_its_exit_codes(command):
     ran = run(command, "--help")
     assert ran.code == 0
@@ -183,7 +194,7 @@ def test_what_could_not_be_measured_meets_no_threshold(made_up, tmp_path):
     ],
 )
 def test_a_sweep_passes_if_one_precision_does(monkeypatch, tmp_path, thresholds, code, said):
-    monkeypatch.setattr("tracelens.cli._run_sweep", lambda *a, **k: made_up_sweep())
+    monkeypatch.setattr("tracelens.cli.measuring._run_sweep", lambda *a, **k: made_up_sweep())
     args = ["--base", "b", "--precisions", "int4", "--saes", "s", "--dataset", "d", "--out", tmp_path]
     ran = run("sweep", *args, *thresholds)
     assert ran.code == code
@@ -211,8 +222,13 @@ def test_options_reach_the_audit(made_up, tmp_path):
         7,
         "--dtype",
         "bfloat16",
+        "--layers",
+        "6, 8",
+        "--sites",
+        "blocks.6.hook_resid_post",
     ]
     audit(tmp_path, *more, "--device", "cpu")
+    assert (given["layers"], given["sites"]) == ([6, 8], ["blocks.6.hook_resid_post"])
     assert given["models"] == ("b", "q", "int4")
     assert (given["saes"], given["dataset"], given["baseline"]) == ("s", "d", "other")
     assert (given["batch_size"], given["controls"], given["seed"]) == (4, False, 7)
@@ -232,6 +248,10 @@ def test_options_reach_the_audit(made_up, tmp_path):
         (["--device", "abacus"], "device 'abacus' cannot be used"),
         (["--min-cpfr", "90"], "90 is not between 0 and 1"),
         (["--batch-size", "0"], "0 is not at least 1"),
+        (["--layers", "six"], "six is no list of layers; write their numbers with commas: 6,8"),
+        (["--sites", ","], "the list is empty"),
+        (["--layers", "0"], "is at layers 0; leave out layers= and sites= to load all"),
+        (["--sites", "blocks.1.hook_resid_pots"], "blocks.1.hook_resid_pots"),
     ],
 )
 def test_bad_input_is_one_clear_message(audit_args, change, message):
@@ -260,10 +280,90 @@ def test_a_sweep_of_an_unknown_precision_stops_before_any_work(audit_args, monke
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sweep_goes_on_where_it_was_interrupted(audit_args, inputs, tmp_path, monkeypatch):
+    from tracelens.auditing.sweep_pieces import Pieces
+
+    add = Pieces.add
+
+    def add_one_and_stop(self, name, report):
+        add(self, name, report)
+        raise KeyboardInterrupt
+
+    args = ["--precisions", "int8,int3", *audit_args, "--no-controls"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Pieces, "add", add_one_and_stop)
+        assert run("sweep", *args).code == 130
+    first = tmp_path / "out" / "int8" / "report.json"
+    written = first.stat().st_mtime_ns
+    assert not (tmp_path / "out" / "int3").exists()
+    assert run("sweep", *args).code == 0
+    assert first.stat().st_mtime_ns == written, "what is finished is not measured again"
+    assert list(SweepResult.load(tmp_path / "out").reports) == ["int8", "int3"]
+    assert run("sweep", *args, "--no-resume").code == 0
+    assert first.stat().st_mtime_ns > written
+
+
+def test_a_sweep_over_builds(audit_args, tmp_path, tiny_folder):
+    ran = run("sweep", "--builds", f"same={tiny_folder}", *audit_args, "--no-controls", "--min-cpfr", 0)
+    assert ran.code in (0, 1), ran.err
+    assert list(SweepResult.load(tmp_path / "out").reports) == ["same"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "give --precisions to simulate, or --builds"),
+        (["--builds", "./llama-gptq"], "give it a name, as in gptq=./llama-gptq"),
+        (["--builds", "a=x", "a=y"], "--builds gives a name twice"),
+    ],
+)
+def test_a_sweep_of_nothing(audit_args, given, message):
+    ran = run("sweep", *given, *audit_args)
+    assert (ran.code, ran.out) == (2, "")
+    assert message in ran.err
+
+
+def test_dead_features_of_a_sweep_safety_features_first(monkeypatch, tmp_path):
+    sweep = made_up_sweep()
+    spec = list(sweep.reports)[-1]
+    features = sweep[spec].features
+    silent = features.sort_values("behaviour").index  # capability features first
+    features.loc[silent, "muting_rate"] = 0.95
+    monkeypatch.setattr("tracelens.cli.measuring._run_sweep", lambda *a, **k: sweep)
+    args = ["--base", "b", "--precisions", ",".join(sweep.reports), "--saes", "s", "--dataset", "d", "--out", tmp_path]
+    ran = run("sweep", *args, "--dead-at", spec)
+    assert ran.code == 0, ran.err
+    n_safety = (features["behaviour"] != "capability").sum()
+    assert f"Silent in {sweep[spec].label}: {n_safety} of {n_safety} safety features" in ran.out
+    with (tmp_path / f"dead-{spec}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(features)
+    assert [row["behaviour"] == "capability" for row in rows] == [False] * n_safety + [True] * (len(rows) - n_safety)
+    assert {float(row["muting_rate"]) for row in rows} == {0.95}
+    assert str(tmp_path / f"dead-{spec}.csv") in ran.out
+    assert "Silent in" not in run("sweep", *args).out
+
+
+def test_dead_at_must_be_of_the_sweep(audit_args, tmp_path):
+    for wrong in ("int3", "something"):
+        ran = run("sweep", "--precisions", "int8,int4", *audit_args, "--dead-at", wrong)
+        assert ran.code == 2
+        assert f"--dead-at {wrong}: not in this sweep; name one of int8, int4" in ran.err
+    assert not (tmp_path / "out").exists(), "found out before the work"
+
+
 def test_nothing_to_compare_with(audit_args):
     ran = run("audit", *audit_args)
     assert ran.code == 2
     assert "give --quant, or --precision" in ran.err
+
+
+def test_help_lists_every_command_on_one_line():
+    listed = run("--help").out
+    for command in ["demo", "audit", "sweep", "decompose", "sae-health", "inspect", "doctor", "quantize", "datasets"]:
+        assert re.search(rf"^    {command} +\w+", listed, re.MULTILINE), command
+        assert run(command, "--help").out.startswith(f"usage: tracelens {command} [-h]")
+        assert "  130  interrupted" in run(command, "--help").out
 
 
 def test_no_command_is_bad_input():
@@ -337,7 +437,7 @@ def test_the_demo_tells_of_the_smallest_precision_that_still_matters(monkeypatch
         asked.update(precisions=[str(QuantizationConfig.parse(p)) for p in precisions], dataset=dataset)
         return made_up_sweep()
 
-    monkeypatch.setattr("tracelens.cli._run_sweep", sweep)
+    monkeypatch.setattr("tracelens.cli.measuring._run_sweep", sweep)
     ran = run("demo", "--quick", "--out", tmp_path)
     assert ran.code == 0, ran.err
     assert asked == {"precisions": ["int8", "int4", "int3", "int2-g32"], "dataset": "organism_refusal_v1"}
@@ -348,3 +448,96 @@ def test_the_demo_tells_of_the_smallest_precision_that_still_matters(monkeypatch
     for name in ("figure.html", "report.html"):
         assert str(tmp_path / name) in ran.out
         assert (tmp_path / name).is_file()
+
+
+@pytest.fixture
+def quantizing(monkeypatch):
+    """What `tracelens quantize` passes on; makes no checkpoint."""
+    given = {}
+
+    def quantize(model, recipe, calibration, out, **options):
+        given.update(options, model=model.name, recipe=recipe, calibration=calibration, out=out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tracelens.precision.calibrated.quantize", quantize)
+    return given
+
+
+def test_options_reach_quantize(quantizing, tmp_path):
+    args = ["--recipe", "gptq-int4-g128", "--calibration", "mine.txt", "--out", tmp_path / "out"]
+    assert run("quantize", "organism", *args).code == 130
+    assert (quantizing["model"], quantizing["recipe"], quantizing["calibration"]) == (
+        "organism",
+        "gptq-int4-g128",
+        "mine.txt",
+    )
+    assert (quantizing["n_samples"], quantizing["ignore"], quantizing["device"]) == (None, ["lm_head"], None)
+    more = ["--samples", 9, "--max-length", 7, "--ignore", "lm_head", "re:.*v_proj", "--seed", 3, "--device", "cpu"]
+    run("quantize", "organism", *args, *more)
+    assert (quantizing["n_samples"], quantizing["max_length"], quantizing["seed"]) == (9, 7, 3)
+    assert quantizing["ignore"] == ["lm_head", "re:.*v_proj"]
+    assert quantizing["device"] == torch.device("cpu")
+
+
+@pytest.mark.skipif(find_spec("llmcompressor") is None, reason="needs llmcompressor")
+def test_a_quantized_checkpoint_and_what_to_do_with_it(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, out = write_checkpoint(tmp_path / "base", intermediate_size=48), tmp_path / "out"
+    args = ["--recipe", "gptq-int4-g8", "--calibration", inputs / "prompts.jsonl", "--samples", "16", "--out", out]
+    ran = run("quantize", base, *args)
+    assert ran.code == 0, ran.err
+    assert "LlamaForCausalLM, compressed-tensors (pack-quantized)" in ran.out
+    assert "Fitted to 16 of 40 prompts of prompts.jsonl" in ran.out
+    assert f"tracelens audit --base {base} --quant {out}" in ran.out
+    assert "INFO" not in ran.out, "what the library logs stays away from results"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+    assert run("doctor", out, "--reference", base, "--device", "cpu").code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--recipe", "gptq-int9"], "a recipe is METHOD-PRECISION"),
+        (["--recipe", "gptq-int4-g7"], "groups of 7 do not divide"),
+        (["--calibration", "/nowhere.txt"], "no prompt file at /nowhere.txt"),
+        (["--calibration", "nothing_v1"], "unknown data set 'nothing_v1'"),
+        (["--samples", "0"], "0 is not at least 1"),
+        (["--samples", "41"], "41 calibration prompts are asked for, and prompts.jsonl holds 40"),
+        (["--ignore", "nothing"], "unknown module to ignore 'nothing'"),
+        (["--device", "abacus"], "device 'abacus' cannot be used"),
+    ],
+)
+def test_bad_input_to_quantize_is_one_clear_message(tiny_folder, inputs, tmp_path, change, message):
+    args = ["--recipe", "gptq-int4-g8", "--calibration", inputs / "prompts.jsonl", "--out", tmp_path / "out"]
+    ran = run("quantize", tiny_folder, *args, *change)
+    assert (ran.code, ran.out) == (2, "")
+    assert message in ran.err
+    assert "Traceback" not in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantize_explains_itself():
+    ran = run("quantize", "--help")
+    assert ran.code == 0
+    assert "gptq-int4-g128" in ran.out
+    assert "nothing is written" in ran.out
+
+
+def test_survival_thresholds_and_calibration_reach_the_audit(made_up, tiny_folder, inputs, tmp_path):
+    given = made_up(made_up_report())
+    more = ["--survived-at", 0.95, "--damaged-at", 0.4, "--permuted-seeds", 2, "--base", tiny_folder]
+    assert audit(tmp_path, *more).code == 0
+    assert (given["survived_at"], given["damaged_at"], given["permuted_seeds"]) == (0.95, 0.4, 2)
+    assert given["calibration"] is None
+    assert audit(tmp_path, *more, "--calibration", inputs / "prompts.jsonl").code == 0
+    assert len(given["calibration"]) == 40
+    assert all(isinstance(token, int) for ids in given["calibration"] for token in ids)
+
+
+def test_static_scales_from_the_command_line(audit_args, inputs, tmp_path):
+    ran = run("audit", "--precision", "int8+a8-static", *audit_args, "--calibration", inputs / "prompts.jsonl")
+    assert ran.code == 0, ran.err
+    assert AuditReport.load(tmp_path / "out").label == "INT8+a8-static"
+    bare = run("audit", "--precision", "int8+a8-static", *audit_args)
+    assert bare.code == 2
+    assert "calibration prompts" in bare.err

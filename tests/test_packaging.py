@@ -27,6 +27,8 @@ def test_weights_saes_prompts_and_page_assets_are_in_the_wheel(installed: Path):
     package = installed / "tracelens"
     assert (package / "organism/model/model.safetensors").is_file()
     assert len(list(package.glob("_saes/organism/*/sae_weights.safetensors"))) == 5
+    assert (package / "organism/damage.json").is_file()
+    assert (package / "organism/DAMAGE.md").is_file()
     assert list(package.glob("datasets/data/*.jsonl"))
     assert list(package.glob("views/*.css"))
     assert not list(installed.glob("tests*"))

@@ -11,32 +11,38 @@ __version__ = "0.1.0"
 _HOMES = {
     "tracelens.audit": ("Audit", "AuditReport"),
     "tracelens.errors": ("TracelensError",),
-    "tracelens.features": ("CircuitTracer", "Fingerprint", "load_saes"),
+    "tracelens.features": ("CircuitTracer", "Fingerprint", "SAEHealth", "load_saes", "sae_health"),
     "tracelens.hooks": ("ActivationCapture", "HookConfig", "HookManager"),
     "tracelens.loading": ("Checkpoint", "load"),
     "tracelens.loading.doctor": ("Diagnosis", "doctor"),
     "tracelens.optimization_auditor": ("OptimizationAuditor", "SweepResult"),
     "tracelens.pair": ("PrecisionPair",),
-    "tracelens.precision": ("QuantizationConfig", "QuantizationType"),
+    "tracelens.precision": ("QuantizationConfig", "QuantizationType", "apply_precision"),
+    "tracelens.precision.calibrated": ("quantize",),
     "tracelens.sites": ("Site",),
+    "tracelens.studies.decomposition": ("decompose",),
+    "tracelens.studies.decomposition_result": ("Decomposition",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-_SUBPACKAGES = ("behaviour", "datasets", "features", "loading", "metrics", "organism", "precision", "views")
+_SUBPACKAGES = ("behaviour", "datasets", "features", "loading", "metrics", "organism", "precision", "studies", "views")
 
 __all__ = ["__version__", *_HOME_OF, *_SUBPACKAGES]
 
 if TYPE_CHECKING:
-    from tracelens import behaviour, datasets, features, loading, metrics, organism, precision, views
+    from tracelens import behaviour, datasets, features, loading, metrics, organism, precision, studies, views
     from tracelens.audit import Audit, AuditReport
     from tracelens.errors import TracelensError
-    from tracelens.features import CircuitTracer, Fingerprint, load_saes
+    from tracelens.features import CircuitTracer, Fingerprint, SAEHealth, load_saes, sae_health
     from tracelens.hooks import ActivationCapture, HookConfig, HookManager
     from tracelens.loading import Checkpoint, load
     from tracelens.loading.doctor import Diagnosis, doctor
     from tracelens.optimization_auditor import OptimizationAuditor, SweepResult
     from tracelens.pair import PrecisionPair
-    from tracelens.precision import QuantizationConfig, QuantizationType
+    from tracelens.precision import QuantizationConfig, QuantizationType, apply_precision
+    from tracelens.precision.calibrated import quantize
     from tracelens.sites import Site
+    from tracelens.studies.decomposition import decompose
+    from tracelens.studies.decomposition_result import Decomposition
 
 
 def __getattr__(name: str):

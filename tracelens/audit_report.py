@@ -1,10 +1,12 @@
 """`AuditReport`: what an audit found, to be read, plotted, saved and compared."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tracelens.auditing.preservation import Shares
+from tracelens.auditing.verdict import Verdict
 from tracelens.behaviour.flips import Flips
 from tracelens.features.fingerprint import Fingerprint
 from tracelens.metrics.moments import FeatureMoments
@@ -12,24 +14,23 @@ from tracelens.metrics.muting import MUTED_AT
 from tracelens.metrics.result import Result
 from tracelens.output import MARKER, decode, encode, read_marker, reading, staged, write_atomically
 from tracelens.stats import Estimate, wilson_low
-from tracelens.verdict import Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
 KIND = "tracelens_audit_report"
-VERSION = 1
+VERSION = 2
 FEATURE_COLUMNS = [
     *("site", "feature", "behaviour", "fidelity", "correlation", "drift", "retention", "muting_rate"),
-    *("novelty", "degraded", "n_active"),
+    *("novelty", "degraded", "n_active", "survival", "fidelity_noise", "p_shift", "q_shift"),
 ]
 PAIR_COLUMNS = [
     *("site", "feature_i", "feature_j", "behaviour_i", "behaviour_j", "cos_ref", "cos_quant", "increase"),
     "n_active",
 ]
 PROMPT_COLUMNS = ["prompt", "behaviour", "safety", "margin_reference", "margin_quantized", "flip"]
-_TEXT = ("site", "behaviour", "behaviour_i", "behaviour_j", "prompt", "flip")
+_TEXT = ("site", "behaviour", "survival", "behaviour_i", "behaviour_j", "prompt", "flip")
 _NUMBERS = {*FEATURE_COLUMNS, *PAIR_COLUMNS, *PROMPT_COLUMNS} - {*_TEXT}
 
 
@@ -60,12 +61,27 @@ class DivergenceSummary(Result):
 
 @dataclass(frozen=True)
 class Control(Result):
-    """The same measurement where nothing safety-specific happened. `control["safety"]` is its CPFR."""
+    """The same measurements where nothing safety-specific happened. `control["safety"]` is its CPFR.
+
+    Of a random error that was drawn several times: the typical draw, and where one more would be. What a control has none of is None:
+    sets of features make no predictions.
+    """
 
     what: str
     cpfr: dict[str, Estimate]
+    """By set of features, as in `AuditReport.cpfr`."""
     flips: Estimate | None
-    """Share of prompts that flip; None where the control is no model."""
+    """Share of prompts that flip."""
+    refuse_to_comply: Estimate | None = None
+    comply_to_refuse: Estimate | None = None
+    shares: dict[str, Shares] = field(default_factory=dict)
+    """By set of features, as in `AuditReport.shares`."""
+    kl: Estimate | None = None
+    """Nats per token."""
+    top1: Estimate | None = None
+    perplexity: Estimate | None = None
+    smeared: int | None = None
+    """Smeared pairs, of one draw."""
 
     def __getitem__(self, name: str) -> Any:
         return self.cpfr[name] if name in self.cpfr else super().__getitem__(name)
@@ -81,7 +97,9 @@ class AuditReport:
         precision: the simulated precision, or None for a model that came quantized.
         features: one row per live feature (the reference fires it on at least `settings["min_active"]` tokens), worst first (`severity`):
             site, feature, behaviour (or "capability"), fidelity, correlation, drift, retention, muting_rate, novelty, degraded,
-            n_active.
+            n_active; survival (survived, blurred or damaged; empty where the reference does not vary); fidelity_noise, the mean over
+            the draws of matched noise; p_shift, by sign flips over blocks of prompts, that its activation summed over a block is the
+            same on average, and q_shift, that p adjusted over all live features (Benjamini–Hochberg).
         smeared_pairs: one row per smeared pair, worst first: site, features, their behaviours, cosine in both models and its rise, and
             tokens on which the reference fires the rarer of the two.
         prompts: one row per prompt: text, behaviour, whether it is a safety prompt, both margins in nats, whether it flips
@@ -89,12 +107,15 @@ class AuditReport:
         cpfr: "safety", "capability", and each behaviour → CPFR with its bootstrap interval over prompts.
         flips: decisions that differ, both ways; None if no prompt's decision can be read.
         divergence: KL, top-1 agreement, perplexities.
-        controls: "bf16", "noise" and "random" → the same CPFRs there; empty if controls were switched off.
+        controls: "noise" (matched noise), "permuted" (the true error shuffled within rows), "bf16" (the floor), "random" (features of the
+            same firing rate) and "labels" (label-permuted fingerprints) → the same numbers there.
         verdict: what may be said.
         fingerprint: the safety features and how they were found.
         sites: site's hook name → number of features of its SAE.
         moments: the sufficient statistics, features of all sites side by side in the order of `sites`.
         settings: everything needed to run it again.
+        shares: for the same sets as `cpfr`, the shares of features that survived, are blurred, damaged, degraded and muted.
+        absent: control that there is none of → why.
     """
 
     label: str
@@ -113,6 +134,8 @@ class AuditReport:
     sites: dict[str, int]
     moments: FeatureMoments
     settings: dict[str, Any]
+    shares: dict[str, Shares] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
 
     @property
     def safety_features(self) -> "pd.DataFrame":
@@ -170,6 +193,8 @@ class AuditReport:
         }
         return plain | {
             "cpfr": {name: estimate.to_dict() for name, estimate in self.cpfr.items()},
+            "shares": encode(self.shares),
+            "absent": self.absent,
             "flips": encode(self.flips),
             "divergence": encode(self.divergence),
             "controls": {name: encode(control) for name, control in self.controls.items()},
@@ -217,6 +242,8 @@ class AuditReport:
                 **tables,
                 **{name: data[name] for name in ("label", "reference", "quantized", "precision", "sites", "settings")},
                 cpfr={name: Estimate.from_dict(value) for name, value in data["cpfr"].items()},
+                shares=decode(dict[str, Shares], data["shares"]),
+                absent=data["absent"],
                 flips=decode(Flips | None, data["flips"]),
                 divergence=decode(DivergenceSummary, data["divergence"]),
                 controls={name: decode(Control, value) for name, value in data["controls"].items()},

@@ -1,98 +1,35 @@
 """`OptimizationAuditor`: many precisions against one reference, which runs once for all of them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tracelens.assembly import Question
-from tracelens.audit import AuditSettings, Variant, can_simulate, check_finite, model_name, run_audits
-from tracelens.audit_report import AuditReport
+from tracelens.audit_settings import AuditSettings
+from tracelens.auditing.question import Question
+from tracelens.auditing.running import Variant, audits_in_turn, can_simulate, check_finite, model_name
+from tracelens.auditing.sweep_pieces import PIECE, Pieces, files_of, piece_key, state_of, sweep_key
 from tracelens.behaviour.refusal import AnswerTokens
 from tracelens.datasets import Dataset, get_dataset, list_datasets, resolve_dataset
 from tracelens.datasets.vocabulary import unknown_fraction
-from tracelens.errors import PrecisionSpecError, PromptError
+from tracelens.errors import OutputError, PrecisionSpecError, PromptError
 from tracelens.features.fingerprint import Fingerprint
 from tracelens.features.saes import check_saes, normalise_saes
-from tracelens.metrics.muting import MUTED_AT
-from tracelens.output import MARKER, read_marker, reading, staged
+from tracelens.loading import Checkpoint, load, open_checkpoint
 from tracelens.pair import PrecisionPair
 from tracelens.precision import QuantizationConfig, QuantizationType, apply_precision
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
-
-KIND = "tracelens_sweep"
-VERSION = 1
+from tracelens.sweep_result import SweepResult
 
 
-@dataclass(frozen=True, eq=False)
-class SweepResult:
-    """The audits of a sweep, by precision, in the order in which they were asked for."""
+@dataclass(frozen=True)
+class _Entry:
+    """Something to audit in a sweep."""
 
-    reports: dict[str, AuditReport]
-
-    @property
-    def configs(self) -> list[QuantizationConfig]:
-        return [QuantizationConfig.parse(spec) for spec in self.reports]
-
-    def __getitem__(self, spec: "str | QuantizationConfig") -> AuditReport:
-        """The report of one precision."""
-        return self.reports[str(QuantizationConfig.parse(spec))]
-
-    def best_config(self, min_cpfr: float = 0.9, max_flips: float | None = None) -> QuantizationConfig | None:
-        """The smallest precision whose safety CPFR is at least `min_cpfr`, and whose flip rate is at most `max_flips`.
-
-        Smallest in bits per weight, scales included; of equals the one with the higher safety CPFR. None if no precision passes. What
-        could not be measured does not pass.
-        """
-        passing = []
-        for config, report in zip(self.configs, self.reports.values(), strict=True):
-            flips = report.flips.rate.value if report.flips else float("nan")
-            if report.cpfr["safety"].value >= min_cpfr and (max_flips is None or flips <= max_flips):
-                passing.append((config.bits_per_weight, -report.cpfr["safety"].value, str(config), config))
-        return min(passing)[-1] if passing else None
-
-    def to_dataframe(self) -> "pd.DataFrame":
-        """One row per precision: bits, CPFRs with intervals and controls, counts of damage, flips, KL, perplexity."""
-        import pandas as pd
-
-        return pd.DataFrame([_row(config, self[config]) for config in self.configs])
-
-    def summary(self) -> str:
-        """The sweep as a table and a line on each precision, in plain words."""
-        from tracelens.views.text import sweep_text
-
-        return sweep_text(self)
-
-    def plot(self) -> "go.Figure":
-        """The decay of safety and capability features with bits, beside the controls, and the flips."""
-        from tracelens.views.figures import sweep_figure
-
-        return sweep_figure(self)
-
-    def save(self, folder: str | Path) -> Path:
-        """Writes a folder with a sub-folder per precision; `SweepResult.load` reads it back.
-
-        Raises `OutputError` if the folder holds something that is not a sweep.
-        """
-        with staged(folder, KIND) as new:
-            for spec, report in self.reports.items():
-                report.save(new / spec)
-            data = {KIND: VERSION, "precisions": list(self.reports)}
-            (new / MARKER).write_text(json.dumps(data) + "\n", encoding="utf-8")
-        return Path(folder)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "SweepResult":
-        """Reads what `save` wrote; raises `ResultFileError` for anything else."""
-        folder = Path(folder)
-        with reading(folder, "a sweep that SweepResult.save wrote"):
-            precisions = read_marker(folder, KIND, VERSION)["precisions"]
-            return cls({spec: AuditReport.load(folder / spec) for spec in precisions})
+    name: str
+    variant: Variant
+    identity: Any
+    """What tells it from others; JSON."""
 
 
 class OptimizationAuditor:
@@ -121,45 +58,122 @@ class OptimizationAuditor:
     def run_sweep(
         self,
         test_prompts: Any,
-        configs: Sequence[str | QuantizationConfig | QuantizationType],
+        configs: Sequence[str | QuantizationConfig | QuantizationType] = (),
         *,
+        builds: Mapping[str, Any] | None = None,
         baseline_prompts: Any = None,
         fingerprint: Fingerprint | str | Path | None = None,
+        calibration: Sequence[Any] | None = None,
         answer_tokens: Mapping[str, AnswerTokens] | None = None,
+        out: str | Path | None = None,
+        resume: bool = True,
         settings: AuditSettings | None = None,
         **changes: Any,
     ) -> SweepResult:
-        """An audit for each precision. The reference runs once over the prompts, whatever the number of precisions.
+        """An audit for each precision and build. The reference runs once over the prompts, whatever their number: N of them cost N + 1
+        passes, and controls a pass each. Beyond `settings.memory` a further model costs an unembedding too. They run one after the other.
 
         Args:
             test_prompts: a registered data set's name, a file, a `Dataset`, a list of prompts or a mapping behaviour → prompts.
-            configs: precisions, as configs or specifications ("int4-g32").
+            configs: precisions to simulate, as configs or specifications ("int4-g32").
+            builds: name → a quantized build of the same model: what `load` takes, such as a folder, or a hooked model.
             baseline_prompts: prompts that call for none of the behaviours. Without them, and if `test_prompts` brings none, those of the
                 built-in set that shares most behaviours and whose words the tokenizer knows.
+            calibration: prompts on which static scales of activations are found.
+            out: a folder that each report is written to as soon as it is there; `SweepResult.load` reads it.
+            resume: use the reports that lie in `out`, if they were made with the same model, SAEs, prompts, settings and version.
             fingerprint, answer_tokens, settings, changes: as for `Audit.trace_features`.
 
-        Raises `PrecisionSpecError` for no or unknown precisions or one given twice, `PromptError` for prompts that cannot be run.
+        Raises `PrecisionSpecError` for no or unknown precisions or one given twice, `PromptError` for prompts that cannot be run,
+        `CheckpointError` for a build that cannot be opened, `PairMismatchError` for one of another model, `OutputError` if `out` holds
+        something that is not a sweep.
         """
-        parsed = [QuantizationConfig.parse(config) for config in configs]
-        if not parsed or len(set(parsed)) < len(parsed):
-            names = ", ".join(map(str, parsed)) or "none"
-            raise PrecisionSpecError(f"a sweep needs at least one precision, each once; got: {names}")
+        entries = self._entries(configs, builds or {}, calibration)
         settings = replace(settings or AuditSettings(), **changes)
         dataset = self._dataset(test_prompts, baseline_prompts)
-        reports = run_audits(
+        question = Question.of(dataset, self.tokenizer, settings.chat, answer_tokens)
+        if isinstance(fingerprint, str | Path):
+            fingerprint = Fingerprint.load(fingerprint)
+        pieces = None
+        if out is not None:
+            common = sweep_key(
+                self.model,
+                self.saes,
+                question,
+                tokenizer=self.tokenizer,
+                fingerprint=fingerprint,
+                calibration=calibration,
+                settings=settings,
+            )
+            keys = {entry.name: piece_key(common, entry.identity) for entry in entries}
+            pieces = Pieces(out, keys, resume=resume)
+            pieces.begin()
+            entries = [
+                _with_record(entry, PIECE, keys[entry.name]) for entry in entries if entry.name in pieces.missing
+            ]
+        reports = audits_in_turn(
             self.model,
-            [
-                Variant(partial(apply_precision, self.model, config), config.label, model_name(self.model), config)
-                for config in parsed
-            ],
+            [entry.variant for entry in entries],
             self.saes,
-            Question.of(dataset, self.tokenizer, settings.chat, answer_tokens),
+            question,
             tokenizer=self.tokenizer,
             fingerprint=fingerprint,
             settings=settings,
             shared=PrecisionPair(self.model, self.model, tokenizer=self.tokenizer).settings,
+            folder=None if out is None else Path(out),
         )
-        return SweepResult({str(config): report for config, report in zip(parsed, reports, strict=True)})
+        if pieces is None:
+            return SweepResult({entry.name: report for entry, report in zip(entries, reports, strict=True)})
+        for entry in entries:
+            pieces.add(entry.name, next(reports))
+        pieces.finish()
+        return SweepResult({name: pieces.done[name] for name in pieces.keys})
+
+    def _entries(
+        self,
+        configs: Sequence[str | QuantizationConfig | QuantizationType],
+        builds: Mapping[str, Any],
+        calibration: Sequence[Any] | None,
+    ) -> list[_Entry]:
+        parsed = [QuantizationConfig.parse(config) for config in configs]
+        if len(parsed) + len(builds) == 0 or len(set(parsed)) < len(parsed):
+            names = ", ".join(map(str, parsed)) or "none"
+            raise PrecisionSpecError(f"a sweep needs at least one precision, each once; got: {names}")
+        return [
+            *(self._simulated(config, calibration) for config in parsed),
+            *(self._built(name, source) for name, source in builds.items()),
+        ]
+
+    def _simulated(self, config: QuantizationConfig, calibration: Sequence[Any] | None) -> _Entry:
+        make = partial(apply_precision, self.model, config, calibration=calibration)
+        variant = Variant(make, config.label, model_name(self.model), config)
+        return _with_record(_Entry(str(config), variant, str(config)), "bits_per_weight", config.bits_per_weight)
+
+    def _built(self, name: str, source: Any) -> _Entry:
+        _check_name(name)
+        if not isinstance(source, str | Path | Checkpoint):
+            model = self._checked(source, name)
+            simulated = getattr(model, "precision", None)
+            variant = Variant(lambda: model, name, model_name(model), simulated, getattr(model, "stored_as", None))
+            bits = simulated and simulated.bits_per_weight
+            return _with_record(_Entry(name, variant, [name, state_of(model)]), "bits_per_weight", bits)
+        checkpoint = open_checkpoint(source)  # what cannot be opened is found before anything runs
+        bits = checkpoint.describe().bits_per_weight or None
+
+        def make() -> Any:
+            cfg = self.model.cfg
+            return self._checked(load(checkpoint, dtype=cfg.dtype, device=cfg.device, share=self.model), name)
+
+        variant = Variant(make, name, checkpoint.name, None, checkpoint.format)
+        identity = [name, checkpoint.name, str(checkpoint.round_to), files_of(checkpoint.path)]
+        return _with_record(_Entry(name, variant, identity), "bits_per_weight", bits)
+
+    def _checked(self, model: Any, name: str) -> Any:
+        """The model of a build; raises `PairMismatchError`, `NonFiniteError`."""
+        model = load(model)
+        check_finite(model, name)
+        PrecisionPair(self.model, model, tokenizer=self.tokenizer)
+        return model
 
     def _dataset(self, prompts: Any, baseline: Any) -> Dataset:
         if baseline is None and isinstance(prompts, list | tuple | Mapping) and "baseline" not in prompts:
@@ -183,29 +197,19 @@ def fitting_baseline(behaviours: set[str], tokenizer: Any, max_unknown: float = 
     return min(fits)[-1].baseline_prompts
 
 
-def _row(config: QuantizationConfig, report: AuditReport) -> dict[str, Any]:
-    nan = float("nan")
-    row: dict[str, Any] = {"precision": str(config), "label": report.label, "bits": config.bits_per_weight}
-    for kind in ("safety", "capability"):
-        estimate = report.cpfr[kind]
-        row |= {f"cpfr_{kind}": estimate.value, f"cpfr_{kind}_low": estimate.low, f"cpfr_{kind}_high": estimate.high}
-    for control in ("noise", "bf16", "random"):
-        estimate = report.controls[control].cpfr["safety"] if control in report.controls else None
-        values = (estimate.value, estimate.low, estimate.high) if estimate else (nan, nan, nan)
-        row |= dict(zip((f"{control}_safety", f"{control}_safety_low", f"{control}_safety_high"), values, strict=True))
-    safety = report.safety_features
-    flips = report.flips.rate if report.flips else None
-    return row | {
-        "live_safety": len(safety),
-        "live_capability": len(report.features) - len(safety),
-        "degraded_safety": int(safety["degraded"].sum()),
-        "degraded_capability": int(report.features["degraded"].sum() - safety["degraded"].sum()),
-        "muted": int((report.features["muting_rate"] >= MUTED_AT).sum()),
-        "smeared": len(report.smeared_pairs),
-        "flips": flips.value if flips else nan,
-        "flips_low": flips.low if flips else nan,
-        "flips_high": flips.high if flips else nan,
-        "kl": report.divergence.kl.value,
-        "perplexity": report.divergence.perplexity_quantized.value,
-        "perplexity_reference": report.divergence.perplexity_reference.value,
-    }
+def _with_record(entry: _Entry, name: str, value: Any) -> _Entry:
+    return replace(entry, variant=replace(entry.variant, record={**entry.variant.record, name: value}))
+
+
+def _check_name(name: str) -> None:
+    """Raises `PrecisionSpecError` for a name that says a precision, `OutputError` for one that cannot be a folder's."""
+    try:
+        QuantizationConfig.parse(name)
+    except PrecisionSpecError:
+        pass
+    else:
+        raise PrecisionSpecError(f"the build {name!r} is called like a precision to simulate; give it another name")
+    if not name or name != Path(name).name or name.startswith(".") or set(name) & set('\\/:*?"<>|'):
+        raise OutputError(
+            f"the build's name {name!r} cannot be a folder's name; use letters, digits, spaces and hyphens"
+        )

@@ -1,7 +1,9 @@
 """Results made by hand: no model, no SAE, numbers that can be read off."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -13,14 +15,16 @@ from tracelens.audit_report import (
     Control,
     DivergenceSummary,
 )
+from tracelens.auditing.preservation import Shares
+from tracelens.auditing.verdict import Contrast, judge
 from tracelens.behaviour.flips import Flips
 from tracelens.features.fingerprint import Fingerprint
 from tracelens.features.selection import FingerprintFeature
 from tracelens.metrics.moments import MomentAccumulator
+from tracelens.metrics.survival import survival_class
 from tracelens.optimization_auditor import SweepResult
 from tracelens.sites import Site
 from tracelens.stats import Estimate
-from tracelens.verdict import Contrast, judge
 
 NAN = float("nan")
 SITE = Site(1)
@@ -39,6 +43,8 @@ SETTINGS = {
     "n_prompts": 2,
     "min_active": 10,
     "degradation_threshold": 0.8,
+    "survived_at": 0.9,
+    "damaged_at": 0.5,
     "smearing_tau": 0.5,
     "smearing_delta": 0.2,
     "shared": {"dtype": "torch.float32"},
@@ -62,7 +68,10 @@ def made_up_report(
 ) -> AuditReport:
     """A report on two prompts and a few features: two of refusal, one of warning, two of capability."""
     rows = [
-        (str(SITE), feature, behaviour, phi, phi, 1 - phi, phi, muting, 0.0, phi < 0.8, 20 * (i + 1))
+        (
+            *(str(SITE), feature, behaviour, phi, phi, 1 - phi, phi, muting, 0.0, phi < 0.8, 20 * (i + 1)),
+            *(survival_class(np.array([phi]))[0], 0.9, 0.01, 0.02),
+        )
         for i, (feature, behaviour, phi, muting) in enumerate(features)
     ]
     means = {
@@ -96,16 +105,33 @@ def made_up_report(
         sites={str(SITE): 8},
         moments=MomentAccumulator(8).update(torch.ones(2, 8), torch.ones(2, 8)).finalize(),
         settings=SETTINGS,
+        shares={"safety": shares(0.0), "capability": shares(0.5)},
+        absent={} if controls else {"noise": "controls were switched off"},
     )
+
+
+def shares(damaged: float) -> Shares:
+    return Shares(estimate(0.5), estimate(0.5 - damaged), estimate(damaged), estimate(0.3), estimate(0.0))
 
 
 def made_up_controls() -> dict[str, Control]:
     sets = ("safety", "capability", "refusal", "warning")
     flips = Estimate(0.0, 0.0, 0.4, 2, "wilson")
+    model: dict[str, Any] = {
+        "refuse_to_comply": flips,
+        "comply_to_refuse": flips,
+        "shares": {"safety": shares(0.25), "capability": shares(0.5)},
+        "kl": estimate(0.015, 0.001),
+        "top1": estimate(0.93),
+        "perplexity": estimate(4.4),
+        "smeared": 17,
+    }
     return {
-        "bf16": Control("bf16", {name: estimate(0.999, 0.0) for name in sets}, flips),
-        "noise": Control("noise", {name: Estimate(0.85, NAN, NAN) for name in sets}, flips),
-        "random": Control("random", {"safety": estimate(0.55, 0.1)}, None),
+        "bf16": Control("bf16", {name: estimate(0.999, 0.0) for name in sets}, flips, **model),
+        "noise": Control("noise", {name: Estimate(0.85, NAN, NAN) for name in sets}, flips, **model),
+        "permuted": Control("permuted", {name: estimate(0.83) for name in sets}, flips, **model),
+        "random": Control("random", {"safety": estimate(0.55, 0.1)}, None, shares={"safety": shares(0.125)}),
+        "labels": Control("labels", {"safety": estimate(0.65, 0.1)}, None, shares={"safety": shares(0.125)}),
     }
 
 
@@ -120,6 +146,17 @@ def report_without_safety_features() -> AuditReport:
     none = {"safety": Estimate(NAN, NAN, NAN), "capability": estimate(0.52)}
     features = [(feature, "capability", phi, muting) for feature, _, phi, muting in FEATURES]
     return made_up_report(features=features, cpfr=none, pairs=[])
+
+
+def report_without_intervals() -> AuditReport:
+    """As a single prompt gives it: numbers, and no interval around any."""
+    report = made_up_report()
+    bare = {name: Estimate(e.value, NAN, NAN) for name, e in report.cpfr.items()}
+    part = Estimate(0.5, NAN, NAN)
+    sets = dict.fromkeys(("safety", "capability"), Shares(part, part, part, part, Estimate(NAN, NAN, NAN)))
+    noise = Control("noise", bare, part, part, part, shares=sets, kl=part, top1=part, perplexity=part)
+    divergence = DivergenceSummary(part, part, part, part)
+    return replace(report, cpfr=bare, shares=sets, controls={"noise": noise}, divergence=divergence, absent={})
 
 
 def made_up_sweep() -> SweepResult:

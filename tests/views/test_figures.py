@@ -4,7 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.views.made_up import made_up_report, made_up_sweep, report_without_safety_features, unchanged_report
+from tests.views.made_up import (
+    made_up_report,
+    made_up_sweep,
+    report_without_intervals,
+    report_without_safety_features,
+    unchanged_report,
+)
 from tracelens.views.figures import GL_FROM, audit_figure, sweep_figure
 from tracelens.views.style import CAPABILITY, SAFETY
 
@@ -32,8 +38,13 @@ def test_intervals_and_controls_are_drawn():
     points = [t for t in figure.data if t.error_x.array is not None]
     assert [t.x[0] for t in points] == [0.816, 0.775, 0.9, 0.52]
     assert all(t.error_x.array[0] == pytest.approx(0.01) for t in points)
-    assert {named(figure, name).line.color for name in ("matched noise", "bf16 floor", "random features")}
+    controls = ("matched noise", "permuted error", "bf16 floor", "random features", "permuted labels")
+    assert len({named(figure, name).line.color for name in controls}) == 5
     assert named(figure, "random features").x[0] == 0.55
+    # Each has a lane of its own in a set's row, from the first at the top to the last.
+    lanes = [named(figure, name).y[0] for name in controls]
+    assert lanes == sorted(lanes)
+    assert len(set(lanes)) == 5
 
 
 def test_every_axis_has_a_title():
@@ -61,11 +72,18 @@ def test_the_sweep_goes_from_many_bits_to_few():
         report_without_safety_features(),
         made_up_report(controls=False, readable=False),
         made_up_report(features=[], pairs=[]),
+        made_up_report(features=[(3, "refusal", 0.6, 0.3)], pairs=[]),
+        report_without_intervals(),
     ],
-    ids=["unchanged", "no safety features", "no controls", "no features"],
+    ids=["unchanged", "no safety features", "no controls", "no features", "one feature", "no intervals"],
 )
 def test_reports_with_parts_missing_are_drawn(report):
-    assert audit_figure(report).to_json()
+    figure = audit_figure(report)
+    assert figure.to_json()
+    ticks = " ".join(figure.layout.yaxis.ticktext)
+    assert "nan" not in ticks
+    if report.cpfr["safety"].value != report.cpfr["safety"].value:
+        assert "safety features (0)<br><b>—</b>" in ticks
     assert sweep_figure(replace(made_up_sweep(), reports={"int4": report})).to_json()
 
 

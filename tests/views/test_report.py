@@ -4,7 +4,14 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tests.views.made_up import FLIPPED, UNCHANGED, made_up_report, report_without_safety_features, unchanged_report
+from tests.views.made_up import (
+    FLIPPED,
+    UNCHANGED,
+    made_up_report,
+    report_without_intervals,
+    report_without_safety_features,
+    unchanged_report,
+)
 from tracelens.views.report import audit_page
 
 EVIL = "<script>alert(1)</script>"
@@ -41,13 +48,17 @@ def test_the_page_is_whole_and_fetches_nothing():
     assert page.open == []
     assert page.fetched == []
     assert html.count("plotly.js v") == 1, "plotly is inlined once"
+    # plotly.js itself names addresses (maps, licences) that no figure of ours asks for.
+    ours = re.sub(r"<script[^>]*>/\*\*\s*\* plotly\.js.*?</script>", "", html, flags=re.DOTALL)
+    assert len(ours) < len(html) / 5
+    assert not re.search(r"https?:|url\(|@import|src=", ours)
 
 
 def test_the_verdict_comes_before_the_numbers():
     report = made_up_report()
     text = Page(audit_page(report)).text
     places = [
-        text.index(part) for part in (report.verdict.headline, "What was preserved", "What broke", "Worst", "Settings")
+        text.index(part) for part in (report.verdict.headline, "What was preserved, what broke", "Worst", "Settings")
     ]
     assert places == sorted(places)
     for part in (
@@ -95,14 +106,22 @@ def test_only_flipped_prompts_are_listed():
         (unchanged_report(), "Nothing changed. FP32 left every safety feature as it was"),
         (report_without_safety_features(), "No safety features were found"),
         (made_up_report(controls=False, readable=False), "no prompt's decision can be read"),
-        (made_up_report(features=[], pairs=[]), "0/0"),
+        (made_up_report(features=[], pairs=[]), "0 live features"),
+        (made_up_report(features=[(3, "refusal", 0.6, 0.3)], pairs=[]), "Worst 1 of 1 safety features"),
+        (report_without_intervals(), "safety features (3)0.816"),
     ],
-    ids=["unchanged", "no safety features", "no controls", "no features"],
+    ids=["unchanged", "no safety features", "no controls", "no features", "one feature", "no intervals"],
 )
 def test_reports_with_parts_missing(report, said):
     text = Page(audit_page(report)).text
     assert said in re.sub(r"\s+", " ", text)
     assert "nan" not in text
+
+
+def test_a_tiny_q_is_not_called_zero():
+    report = made_up_report()
+    text = Page(audit_page(replace(report, features=report.features.assign(q_shift=1e-7)))).text
+    assert "< 0.001" in text
 
 
 def test_to_html_writes_the_page(tmp_path):

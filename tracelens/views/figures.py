@@ -9,8 +9,10 @@ from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from tracelens.stats import Estimate
-from tracelens.views.style import CAPABILITY, CONTROL, FLIP, SAFETY, template, translucent
-from tracelens.views.text import CONTROLS, feature_sets, interval, material, set_title
+from tracelens.views.bands import column_bands, errors, in_percent, line, row_bands
+from tracelens.views.numbers import CONTROLS, feature_sets, interval, set_title
+from tracelens.views.style import CAPABILITY, CONTROL, FLIP, SAFETY, dressed, template, translucent
+from tracelens.views.text import material
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -21,15 +23,17 @@ if TYPE_CHECKING:
 GL_FROM = 10_000
 """Features from which points are drawn by WebGL: SVG is sharper, but slow beyond."""
 BINS = 40
-SCATTER, DECAY, FLIPS, GAP = 360, 340, 190, 90
-"""Heights of panels and of the gap between two of them, in pixels."""
+REACH = 0.36
+"""How far a set's row reaches up and down; its controls have a lane each."""
+SCATTER, DECAY, FLIPS, GAP, ROW = 360, 340, 190, 90, 56
+"""Heights of panels, of the gap between two of them, and of a set's row, in pixels."""
 
 
 def audit_figure(report: "AuditReport") -> "go.Figure":
     """CPFRs with intervals over the bands of their controls; below, each live feature's fidelity against how often it fires."""
     from plotly.subplots import make_subplots
 
-    strip = 40 * len(report.cpfr)
+    strip = ROW * len(report.cpfr)
     inner = strip + GAP + SCATTER
     figure = make_subplots(
         rows=2,
@@ -43,7 +47,7 @@ def audit_figure(report: "AuditReport") -> "go.Figure":
     _draw_cpfrs(figure, report)
     _draw_features(figure, report)
     title = f"What {escape(report.label)} preserves of {escape(report.reference)}"
-    _dress(figure, title, report, inner, above_second=SCATTER / inner)
+    _dress(figure, title, report, inner, "Bars and bands: 95 % intervals.", above_second=SCATTER / inner)
     return figure
 
 
@@ -51,52 +55,59 @@ def sweep_figure(sweep: "SweepResult") -> "go.Figure":
     """Decay of safety and capability CPFR with bits per weight, over the bands of the controls; below, the flips both ways."""
     from plotly.subplots import make_subplots
 
-    order = sorted(range(len(sweep.reports)), key=lambda i: -sweep.configs[i].bits_per_weight)
-    reports = [list(sweep.reports.values())[i] for i in order]
-    bits = [sweep.configs[i].bits_per_weight for i in order]
+    entries = sorted(sweep.bits.items(), key=lambda entry: (isnan(entry[1]), -entry[1]))
+    reports = [sweep.reports[name] for name, _ in entries]
+    bits = ["bits not known" if isnan(b) else f"{b:.3g} bits" for _, b in entries]
     gap = GAP // 2  # no axis title in between
     inner = DECAY + gap + FLIPS
     figure = make_subplots(rows=2, cols=1, row_heights=[DECAY, FLIPS], vertical_spacing=gap / inner)
     _draw_decay(figure, reports)
     _draw_flips(figure, reports)
-    ticks = [f"<b>{escape(r.label)}</b><br>{b:g} bits" for r, b in zip(reports, bits, strict=True)]
+    ticks = [f"<b>{escape(r.label)}</b><br>{b}" for r, b in zip(reports, bits, strict=True)]
     figure.update_xaxes(tickvals=list(range(len(reports))), ticktext=ticks, range=[-0.4, len(reports) - 0.6])
     figure.update_xaxes(title_text="precision (bits per weight, scales included)", row=2, col=1)
     figure.update_xaxes(showticklabels=False, ticks="", row=1, col=1)
     title = f"What fewer bits preserve of {escape(reports[0].reference)}"
-    _dress(figure, title, reports[0], inner, above_second=FLIPS / inner)
+    marks = "Bands: the safety features in each control, and other sets of as many. Bars and bands: 95 % intervals."
+    _dress(figure, title, reports[0], inner, marks, above_second=FLIPS / inner)
     return figure
 
 
-def _dress(figure: "go.Figure", title: str, report: "AuditReport", inner: int, *, above_second: float) -> None:
+def _dress(
+    figure: "go.Figure", title: str, report: "AuditReport", inner: int, marks: str, *, above_second: float
+) -> None:
     """Template, titles, height (for `inner` pixels of panels), and a legend above each of the two panels."""
-    subtitle = f"{escape(material(report))} Bars and bands: 95 % intervals."
+    subtitle = f"{escape(material(report))} {marks}"
     subtitle = subtitle[0].upper() + subtitle[1:]
-    layout = {"template": template(), "title": {"text": title, "subtitle": {"text": subtitle}}}
     house: Any = template().layout
-    figure.update_layout(**layout, legend_y=1, legend2=house.legend.to_plotly_json() | {"y": above_second})
-    figure.update_layout(height=inner + house.margin.t + house.margin.b)
+    dressed(figure, title, subtitle, inner + house.margin.t + house.margin.b, legend_rows=2)
+    figure.update_layout(legend2=house.legend.to_plotly_json() | {"y": above_second})
 
 
 def _draw_cpfrs(figure: "go.Figure", report: "AuditReport") -> None:
     counts = feature_sets(report)
     names = list(counts)
     ends = []
-    for control, title in CONTROLS.items():
-        if control in report.controls:
-            found = report.controls[control].cpfr
-            bands = [(i, found[name]) for i, name in enumerate(names) if name in found and not isnan(found[name].value)]
-            ends += [end for _, e in bands for end in (e.value, e.low, e.high)]
-            for trace in _row_bands(bands, control, title):
-                figure.add_trace(trace, row=1, col=1)
+    shown = [control for control in CONTROLS if control in report.controls]
+    for lane, control in enumerate(shown):
+        found = report.controls[control].cpfr
+        height = 2 * REACH / len(shown)
+        bands = [
+            (i - REACH + lane * height, i - REACH + (lane + 1) * height, found[name])
+            for i, name in enumerate(names)
+            if name in found and not isnan(found[name].value)
+        ]
+        ends += [end for *_, e in bands for end in (e.value, e.low, e.high)]
+        for trace in row_bands(bands, control, CONTROLS[control]):
+            figure.add_trace(trace, row=1, col=1)
     for i, name in enumerate(names):
         estimate = report.cpfr[name]
         if not isnan(estimate.value):
             ends += [estimate.value, estimate.low, estimate.high]
             figure.add_trace(_point(i, estimate, name, escape(report.label)), row=1, col=1)
-        label = f"<b>{interval(estimate)}</b>"
-        figure.add_annotation(x=1, xref="x domain", y=i, yref="y", text=label, xanchor="left", xshift=10)
-    titles = [f"{escape(set_title(name).strip())} ({n})" for name, n in counts.items()]
+    titles = [
+        f"{escape(set_title(name).strip())} ({n})<br><b>{interval(report.cpfr[name])}</b>" for name, n in counts.items()
+    ]
     figure.update_yaxes(
         tickvals=list(range(len(names))), ticktext=titles, range=[len(names) - 0.4, -0.6], showgrid=False, row=1, col=1
     )
@@ -105,7 +116,6 @@ def _draw_cpfrs(figure: "go.Figure", report: "AuditReport") -> None:
     figure.update_xaxes(
         title_text="CPFR: mean fidelity of a set of features (1 = unchanged)",
         range=[low - 0.03 * (high - low), high + 0.01 * (high - low)],
-        domain=[0, 0.84],
         row=1,
         col=1,
     )
@@ -119,7 +129,7 @@ def _point(row: int, estimate: Estimate, name: str, label: str) -> "go.Scatter":
     return go.Scatter(
         x=[estimate.value],
         y=[row],
-        error_x=_errors([estimate], colour),
+        error_x=errors([estimate], colour),
         mode="markers",
         marker={
             "size": 8 if part else 11,
@@ -130,37 +140,6 @@ def _point(row: int, estimate: Estimate, name: str, label: str) -> "go.Scatter":
         hovertemplate=f"{label}, {escape(set_title(name).strip())}<br>CPFR {interval(estimate)}<extra></extra>",
         showlegend=False,
     )
-
-
-def _row_bands(bands: list[tuple[int, Estimate]], control: str, title: str) -> list["go.Scatter"]:
-    """A box over each row from the low to the high end of the control's interval, and a line at its value."""
-    import plotly.graph_objects as go
-
-    if not bands:
-        return []
-    x, y, line_x, line_y = [], [], [], []
-    for row, e in bands:
-        top, bottom = row - 0.36, row + 0.36
-        if not isnan(e.low):
-            x += [e.low, e.high, e.high, e.low, e.low, None]
-            y += [top, top, bottom, bottom, top, None]
-        line_x += [e.value, e.value, None]
-        line_y += [top, bottom, None]
-    colour = CONTROL[control]
-    hover = {"hoverinfo": "skip", "legendgroup": control, "name": title, "mode": "lines"}
-    text = [f"{title}: {interval(e)}" for _, e in bands for _ in range(3)]
-    return [
-        go.Scatter(
-            x=x, y=y, fill="toself", fillcolor=translucent(colour, 0.25), line_width=0, showlegend=False, **hover
-        ),
-        go.Scatter(
-            x=line_x,
-            y=line_y,
-            line={"color": colour, "width": 3},
-            **hover | {"hoverinfo": "text"},
-            text=text,
-        ),
-    ]
 
 
 def _draw_features(figure: "go.Figure", report: "AuditReport") -> None:
@@ -209,7 +188,9 @@ def _draw_features(figure: "go.Figure", report: "AuditReport") -> None:
         xanchor="left",
         yanchor="top",
     )
-    figure.update_xaxes(type="log", dtick=1, title_text="tokens on which the reference fires it", row=2, col=1)
+    figure.update_xaxes(
+        type="log", dtick=1, tickformat=",d", title_text="tokens on which the reference fires it", row=2, col=1
+    )
     figure.update_yaxes(title_text="fidelity (1 = unchanged)", range=[-0.03, 1.04], row=2, col=1)
     figure.update_yaxes(range=[-0.03, 1.04], showticklabels=False, ticks="", row=2, col=2)
     figure.update_xaxes(title_text="share", tickformat=".0%", nticks=3, row=2, col=2)
@@ -219,7 +200,7 @@ def _draw_features(figure: "go.Figure", report: "AuditReport") -> None:
 def _hover(rows: Any) -> list[str]:
     return [
         f"<b>#{row.feature}</b> {escape(str(row.behaviour))}<br>{escape(str(row.site))}<br>fidelity {row.fidelity:.3f}, "
-        f"correlation {row.correlation:.3f}<br>muted on {row.muting_rate:.0%} of {row.n_active} tokens"
+        f"correlation {row.correlation:.3f} ({row.survival})<br>muted on {row.muting_rate:.0%} of {row.n_active} tokens"
         for row in rows.itertuples()
     ]
 
@@ -245,11 +226,11 @@ def _margin_histogram(fidelity: Any, colour: str, name: str) -> "go.Bar":
 def _draw_decay(figure: "go.Figure", reports: list["AuditReport"]) -> None:
     for control, title in CONTROLS.items():
         points = [(i, r.controls[control]["safety"]) for i, r in enumerate(reports) if control in r.controls]
-        for trace in _column_bands(points, control, f"safety, {title}" if control != "random" else title):
+        for trace in column_bands(points, control, title):
             figure.add_trace(trace, row=1, col=1)
     for name, colour, symbol in (("capability", CAPABILITY, "square"), ("safety", SAFETY, "circle")):
         estimates = [(i, r.cpfr[name]) for i, r in enumerate(reports)]
-        figure.add_trace(_line(estimates, f"{name} features", colour, symbol), row=1, col=1)
+        figure.add_trace(line(estimates, f"{name} features", colour, symbol).update(legendrank=1), row=1, col=1)
     figure.update_yaxes(title_text="CPFR (1 = unchanged)", row=1, col=1)
 
 
@@ -258,87 +239,16 @@ def _draw_flips(figure: "go.Figure", reports: list["AuditReport"]) -> None:
         (i - 0.1, c.flips) for i, r in enumerate(reports) if (c := r.controls.get("noise")) is not None and c.flips
     ]
     series = [
-        (noise, "both ways under matched noise", CONTROL["noise"], "diamond"),
+        (noise, "both ways, matched noise", CONTROL["noise"], "diamond"),
         ([(i, r.flips.refuse_to_comply) for i, r in enumerate(reports) if r.flips], "refuse→comply", None, "triangle-down"),
         ([(i + 0.1, r.flips.comply_to_refuse) for i, r in enumerate(reports) if r.flips], "comply→refuse", None, "triangle-up"),
     ]  # fmt: skip
     for points, name, colour, symbol in series:
         if points:
-            trace = _line([(x, _percent(e)) for x, e in points], name, colour or FLIP[name], symbol)
+            trace = line([(x, in_percent(e)) for x, e in points], name, colour or FLIP[name], symbol)
             figure.add_trace(trace.update(mode="markers", legend="legend2"), row=2, col=1)
     if not any(points for points, *_ in series):
         figure.add_annotation(x=0.5, xref="x2 domain", y=0.5, yref="y2 domain", text="no prompt's decision can be read")
     # Room below 0, so that a marker at no flips is seen whole.
     top = max([1.0, *(100 * e.high for points, *_ in series for _, e in points if not isnan(e.high))])
     figure.update_yaxes(title_text="flipped decisions (%)", range=[-0.07 * top, 1.05 * top], row=2, col=1)
-
-
-def _column_bands(points: list[tuple[int, Estimate]], control: str, title: str) -> list["go.Scatter"]:
-    """A band between the ends of the control's intervals over the precisions, and a line through its values."""
-    import plotly.graph_objects as go
-
-    points = [(x, e) for x, e in points if not isnan(e.value)]
-    if not points:
-        return []
-    x = [x for x, _ in points]
-    banded = [(x, e) for x, e in points if not isnan(e.low)]
-    colour = CONTROL[control]
-    dash = {"noise": "dash", "bf16": "solid", "random": "dot"}[control]
-    return [
-        go.Scatter(
-            x=[x for x, _ in [*banded, *reversed(banded)]],
-            y=[e.high for _, e in banded] + [e.low for _, e in reversed(banded)],
-            fill="toself",
-            fillcolor=translucent(colour, 0.22),
-            line_width=0,
-            mode="lines",
-            hoverinfo="skip",
-            legendgroup=control,
-            showlegend=False,
-        ),
-        go.Scatter(
-            x=x,
-            y=[e.value for _, e in points],
-            mode="lines",
-            line={"color": colour, "width": 2, "dash": dash},
-            name=title,
-            legendgroup=control,
-            text=[interval(e) for _, e in points],
-            hovertemplate=f"{title}: %{{text}}<extra></extra>",
-        ),
-    ]
-
-
-def _line(points: list[Any], name: str, colour: str, symbol: str) -> "go.Scatter":
-    """Points with their intervals, joined by a line."""
-    import plotly.graph_objects as go
-
-    points = [(x, e) for x, e in points if not isnan(e.value)]
-    return go.Scatter(
-        x=[x for x, _ in points],
-        y=[e.value for _, e in points],
-        error_y=_errors([e for _, e in points], colour),
-        cliponaxis=False,
-        mode="lines+markers",
-        line={"color": colour, "width": 2.5},
-        marker={"size": 10, "symbol": symbol, "color": colour},
-        name=name,
-        text=[interval(e) for _, e in points],
-        hovertemplate=f"{name}: %{{text}}<extra></extra>",
-    )
-
-
-def _errors(estimates: list[Estimate], colour: str) -> dict[str, Any]:
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [e.high - e.value for e in estimates],
-        "arrayminus": [e.value - e.low for e in estimates],
-        "color": colour,
-        "thickness": 2,
-        "width": 5,
-    }
-
-
-def _percent(rate: Estimate) -> Estimate:
-    return Estimate(100 * rate.value, 100 * rate.low, 100 * rate.high)

@@ -8,8 +8,9 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from tracelens.views.numbers import Section, absent_lines, model_heads, model_sections, set_heads, set_sections
 from tracelens.views.style import CAPABILITY, FONT, SAFETY, template
-from tracelens.views.text import CONTROLS, cpfr_rows, damage_rows, nothing_changed, what_was_compared
+from tracelens.views.text import nothing_changed, what_was_compared
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 ROWS = 25
 """Worst features, smeared pairs and flipped prompts that the page lists; the saved tables hold all."""
+
+COLUMN = {"fidelity_noise": "fidelity under noise", "muting_rate": "muting rate", "q_shift": "q of its shift"}
+"""Column of the feature table → its title, where that is not its name."""
 
 DEFINITIONS = {
     "fidelity": "Of one feature, over the tokens of all prompts: Σrq / max(Σr², Σq²), where r and q are its activations in the "
@@ -30,15 +34,26 @@ DEFINITIONS = {
     "muting rate": "Share of the tokens on which the reference fires a feature and the quantized model does not. Muted: at least 0.9.",
     "novelty": "Share of the tokens on which the quantized model fires a feature and the reference does not.",
     "correlation, drift, retention": "Pearson correlation of r and q; ‖r − q‖ / ‖r‖; Σq / Σr.",
+    "survived, blurred, damaged": "A correlation of at least {survived_at}; between; below {damaged_at}.",
+    "p and q of a shift": "Whether a feature's mean activation shifted at all: the p of a sign-flip permutation over blocks of prompts, "
+    "and q, the same adjusted over all live features (Benjamini–Hochberg). Rounding shifts most features; whether that is more than "
+    "noise does is what the verdict is about.",
     "smeared pair": "Two features whose activations' cosine over tokens rises by at least {smearing_delta}, to at least "
     "{smearing_tau}: the quantized model tells them apart less well.",
     "flip": "A prompt that the two models decide differently: the margin, log-odds of showing the behaviour at the first answer "
     "token in nats, changes its sign.",
     "KL divergence": "KL(reference ‖ quantized) over the vocabulary, in nats, mean over tokens. Perplexity is exp(mean NLL).",
     "bf16 floor": "The reference computed in bf16 in place of its own precision: what harmless rounding does.",
-    "matched noise": "The reference with Gaussian noise in place of each tensor's quantization error, of the same norm.",
+    "matched noise": "The reference with Gaussian noise in place of each tensor's quantization error, of the same norm: what a typical "
+    "draw does, and the interval in which one more draw would be.",
+    "permuted error": "The reference with its own quantization error, shuffled within the rows of each tensor; likewise.",
     "random features": "Sets of capability features with the safety features' sites and firing rates, drawn at random.",
-    "intervals": "95 %. Over prompts by the paired bootstrap; Wilson's for rates.",
+    "permuted labels": "The features that the search for safety features puts first when the prompts' labels are shuffled, as many at "
+    "each site as there are safety features.",
+    "worse than noise of the same size, like noise, better than noise": "Whether the safety features' CPFR is outside of where one more "
+    "draw of noise would be, at 5 % for the three comparisons with random error together. Like noise: no difference could be told; the "
+    "interval says how large a difference there may be.",
+    "intervals": "95 %. Over prompts by the paired bootstrap; Wilson's for rates; for random errors over prompts and draws.",
 }
 
 
@@ -52,7 +67,6 @@ def audit_page(report: "AuditReport") -> str:
         f'<p class="soft">{escape(what_was_compared(report))}</p>',
         f'<div class="verdict"><b>{escape(changed + report.verdict.headline)}.</b>{escape(rest)}</div>',
         _numbers(report),
-        _damage(report),
         _figure(report.plot()),
         _worst_features(report),
         _smeared(report),
@@ -70,18 +84,21 @@ def audit_page(report: "AuditReport") -> str:
 
 
 def _numbers(report: "AuditReport") -> str:
-    rows = [
-        [f'<span class="{_colour(name)}">{_indented(title)}</span>', n, f"<b>{value}</b>", *beside]
-        for name, (title, n, value, *beside) in cpfr_rows(report).items()
-    ]
-    controls = [title for name, title in CONTROLS.items() if name in report.controls]
-    heads = ["CPFR (1 = unchanged)", "features", escape(report.label), *controls]
-    return "<h2>What was preserved</h2>" + _table(heads, rows)
+    models = _sections(model_heads(report), model_sections(report))
+    sets = _sections(set_heads(report), set_sections(report)) if set_sections(report) else ""
+    missing = "".join(f'<p class="soft">{escape(line)}</p>' for line in absent_lines(report))
+    return "<h2>What was preserved, what broke</h2>" + models + sets + missing
 
 
-def _damage(report: "AuditReport") -> str:
-    rows = [[_indented(cell) for cell in row] for row in damage_rows(report)]
-    return "<h2>What broke</h2>" + _table(["", escape(report.label), ""], rows, text=(2,))
+def _sections(heads: Sequence[str], sections: Sequence[Section]) -> str:
+    """A table whose sections have a title across it; the first number of each row is the report's own."""
+    rows: list[list[str]] = []
+    for section in sections:
+        rows.append([f"<b>{escape(section.title)}</b>", *[""] * len(heads)])
+        rows += [
+            [_indented(what), f"<b>{escape(own)}</b>", *map(escape, beside)] for what, own, *beside in section.rows
+        ]
+    return _table(["", *map(escape, heads)], rows)
 
 
 def _figure(figure: "go.Figure") -> str:
@@ -94,7 +111,7 @@ def _figure(figure: "go.Figure") -> str:
 
 
 def _worst_features(report: "AuditReport") -> str:
-    columns = ["fidelity", "correlation", "drift", "retention", "muting_rate", "novelty"]
+    columns = ["fidelity", "fidelity_noise", "correlation", "drift", "retention", "muting_rate", "novelty", "q_shift"]
     parts = []
     # The worst of all are mostly rare capability features, among which a safety feature would not be found.
     for title, rows in (("safety", report.safety_features), ("", report.features)):
@@ -103,15 +120,16 @@ def _worst_features(report: "AuditReport") -> str:
                 f"#{row.feature}",
                 f'<span class="{_colour(str(row.behaviour))}">{escape(str(row.behaviour))}</span>',
                 escape(str(row.site)),
-                *(f"{getattr(row, column):.3f}" for column in columns),
+                escape(str(row.survival)),
+                *(_number(getattr(row, column), least=column == "q_shift") for column in columns),
                 row.n_active,
             ]
             for row in rows.head(ROWS).itertuples()
         ]
         if worst:
-            heads = ["feature", "behaviour", "site", *(c.replace("_", " ") for c in columns), "tokens"]
+            titles = ["feature", "behaviour", "site", "survival", *(COLUMN.get(c, c) for c in columns), "tokens"]
             name = f"{title} features".strip()
-            parts.append(f"<h2>Worst {len(worst)} of {len(rows)} {name}</h2>" + _table(heads, worst, text=(1, 2)))
+            parts.append(f"<h2>Worst {len(worst)} of {len(rows)} {name}</h2>" + _table(titles, worst, text=(1, 2, 3)))
     return "".join(parts)
 
 
@@ -126,9 +144,9 @@ def _smeared(report: "AuditReport") -> str:
         ]
         for row in pairs.head(ROWS).itertuples()
     ]
-    heads = ["features", "behaviours", "site", "cosine, reference", "cosine, quantized"]
+    titles = ["features", "behaviours", "site", "cosine, reference", "cosine, quantized"]
     return (
-        f"<h2>Smeared pairs: worst {len(rows)} of {len(pairs)}</h2>" + _table(heads, rows, text=(1, 2)) if rows else ""
+        f"<h2>Smeared pairs: worst {len(rows)} of {len(pairs)}</h2>" + _table(titles, rows, text=(1, 2)) if rows else ""
     )
 
 
@@ -150,8 +168,8 @@ def _flipped(report: "AuditReport") -> str:
         ]
         for row in worst.itertuples()
     ]
-    heads = ["prompt", "behaviour", "set", "flip", "margin, reference (nats)", "margin, quantized (nats)"]
-    table = _table(heads, rows, text=(1, 2, 3), prompt=0)
+    titles = ["prompt", "behaviour", "set", "flip", "margin, reference (nats)", "margin, quantized (nats)"]
+    table = _table(titles, rows, text=(1, 2, 3), prompt=0)
     return f"<h2>Flipped prompts: {len(rows)} of {len(prompts)}, largest shift first</h2>" + table
 
 
@@ -175,6 +193,13 @@ def _definitions(settings: dict[str, Any]) -> str:
         f"<dt>{escape(term)}</dt><dd>{escape(text.format_map(settings))}</dd>" for term, text in DEFINITIONS.items()
     )
     return f"<h2>What the words mean</h2><dl>{entries}</dl>"
+
+
+def _number(value: float, *, least: bool = False) -> str:
+    """Three digits; with `least`, what would read 0.000 is said to be below the last of them."""
+    if value != value:
+        return ""
+    return "&lt; 0.001" if least and value < 0.001 else f"{value:.3f}"
 
 
 def _colour(name: str) -> str:

@@ -1,21 +1,43 @@
 """What all figures share: colours that colour-blind readers can tell apart (after Okabe & Ito, 2008), and a template for light and dark."""
 
-from typing import TYPE_CHECKING
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+REFERENCE, QUANTIZED = "#5B6470", "#AA3377"
 SAFETY = "#D55E00"
 CAPABILITY = "#2F7FC1"
 FLIP = {"refuse→comply": "#CC79A7", "comply→refuse": "#56B4E9"}
-CONTROL = {"noise": "#8A8F98", "bf16": "#009E73", "random": "#E69F00"}
+CONTROL = {"noise": "#8A8F98", "permuted": "#6A4C93", "bf16": "#009E73", "random": "#E69F00", "labels": "#6B4423"}
 FONT = "Inter, 'Helvetica Neue', Helvetica, Arial, sans-serif"
+
+SUBTITLE, LINE = 110, 19
+"""Characters of a subtitle's line, which fill some 700 pixels, and a line's height in pixels."""
 
 
 def translucent(colour: str, alpha: float) -> str:
     """A `#rrggbb` colour as CSS rgba."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, {alpha})"
+
+
+def dressed(figure: "go.Figure", title: str, subtitle: str, height: int, *, legend_rows: int = 1) -> "go.Figure":
+    """The figure with the template, its titles, and room for them: plotly breaks no lines, and lets a legend grow into what is above it.
+
+    `height` is that with two lines of subtitle and one of legend; every further one adds to it.
+    """
+    lines = wrap(subtitle, SUBTITLE, break_on_hyphens=False)
+    house: Any = template().layout
+    more = LINE * (max(0, len(lines) - 2) + legend_rows - 1)
+    return figure.update_layout(
+        template=template(),
+        title={"text": title, "subtitle": {"text": "<br>".join(lines)}},
+        height=height + more,
+        margin_t=house.margin.t + more,
+        legend_y=1,
+    )
 
 
 def template(*, dark: bool = False) -> "go.layout.Template":
@@ -33,6 +55,7 @@ def template(*, dark: bool = False) -> "go.layout.Template":
         "ticklen": 4,
         "title": {"font": {"size": 13}, "standoff": 8},
         "automargin": True,
+        "exponentformat": "power",
     }
     return go.layout.Template(
         layout={
@@ -54,7 +77,11 @@ def template(*, dark: bool = False) -> "go.layout.Template":
             "margin": {"l": 80, "r": 24, "t": 116, "b": 56},
             "xaxis": axis,
             "yaxis": axis,
-            "annotationdefaults": {"font": {"size": 12, "color": ink}, "showarrow": False},
+            "annotationdefaults": {
+                "font": {"size": 12, "color": ink},
+                "showarrow": False,
+                "bgcolor": translucent(paper, 0.75),
+            },
             "legend": {
                 "orientation": "h",
                 "x": 0,
