@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tracelens.errors import PrecisionSpecError
-from tracelens.precision import ActivationConfig, QuantizationConfig, QuantizationType
+from tracelens.precision import ActivationConfig, QuantizationConfig, QuantizationType, parse
 
 SPECS = [
     *("fp32", "bf16", "fp16", "int8-dynamic", "int2", "int4-g32", "int3-asym", "int8-g128-asym", "int4-tensor"),
@@ -229,3 +229,10 @@ def test_types_without_an_option_refuse_it():
         else:
             with pytest.raises(PrecisionSpecError, match=f"takes no -{option}"):
                 QuantizationConfig(kind, **fields, **required)
+
+
+def test_parse_is_there_as_a_function():
+    config = parse("int4-g128+a8+kv8")
+    assert (config.bits, config.group_size) == (4, 128)
+    assert str(config.activations) == str(config.kv_cache) == "8"
+    assert config == QuantizationConfig.parse(str(config))

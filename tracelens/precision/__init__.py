@@ -6,7 +6,7 @@ hold only what the format can hold; everything it does not touch is shared with 
 """
 
 from tracelens.precision.apply import apply_precision
-from tracelens.precision.config import ActivationConfig, QuantizationConfig, QuantizationType
+from tracelens.precision.config import ActivationConfig, QuantizationConfig, QuantizationType, parse
 from tracelens.precision.controls import matched_noise, permuted_error
 from tracelens.precision.weights import WeightMatrix, weight_matrices
 
@@ -17,6 +17,7 @@ __all__ = [
     "WeightMatrix",
     "apply_precision",
     "matched_noise",
+    "parse",
     "permuted_error",
     "weight_matrices",
 ]

@@ -204,3 +204,8 @@ class QuantizationConfig:
     def label(self) -> str:
         """For people: `INT4-g32`."""
         return _LABELS.get(self.type, self.type.value.upper()) + self._options()
+
+
+def parse(spec: str | QuantizationType | QuantizationConfig) -> QuantizationConfig:
+    """The config of a specification: `parse("int4-g128+a8+kv8")`; see `QuantizationConfig.parse`."""
+    return QuantizationConfig.parse(spec)
