@@ -31,7 +31,7 @@ from tracelens.precision import QuantizationConfig, QuantizationType, apply_prec
 from tracelens.stats import Estimate, percentile_interval, sign_flip_test
 from tracelens.studies.decomposition_result import UNITS, Contribution, Decomposition, Step
 from tracelens.studies.step_values import StepValues
-from tracelens.studies.steps import STEPS, Compute, StepName, step_precisions
+from tracelens.studies.steps import STEPS, Compute, step_precisions
 
 Metric = Callable[[Float[Tensor, "prompt d_vocab"]], Float[Tensor, "prompt"]]
 """Logits at the last token of each prompt → a number for each prompt; its mean over the prompts is decomposed."""
@@ -49,7 +49,7 @@ def decompose(
     answer_tokens: Mapping[str, AnswerTokens] | None = None,
     tokenizer: Any = None,
     compute: Compute | None = "bf16",
-    order: Sequence[StepName] = STEPS,
+    order: Sequence[str] = STEPS,
     calibration: Sequence[Any] | None = None,
     settings: AuditSettings | None = None,
     **changes: Any,

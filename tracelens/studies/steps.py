@@ -18,7 +18,7 @@ def step_precisions(
     precision: str | QuantizationType | QuantizationConfig,
     *,
     compute: Compute | None = "bf16",
-    order: Sequence[StepName] = STEPS,
+    order: Sequence[str] = STEPS,
 ) -> dict[StepName, QuantizationConfig]:
     """Step → the precision with it and all steps before it; steps that the precision does not take are left out.
 
@@ -42,7 +42,7 @@ def step_precisions(
         "activations": config.activations is not None or is_llm,
         "kv_cache": config.kv_cache is not None,
     }
-    steps: list[StepName] = [step for step in order if taken[step]]
+    steps: list[StepName] = [step for step in sorted(STEPS, key=list(order).index) if taken[step]]
     if is_llm and steps.index("activations") < steps.index("weights"):
         raise PrecisionSpecError(
             f"precision {config} decomposes activations by its int8 weights; put weights before activations in order"
