@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from tracelens.errors import PairMismatchError, PromptError, UnknownNameError
 from tracelens.sites import HOOKS, Site
@@ -176,7 +176,8 @@ def _run(
         return store
 
     depth = {} if logits else {"stop_at_layer": max((site.layer for site in sites), default=-1) + 1}
-    with torch.inference_mode():
+    # Not inference mode: the rows are ordinary tensors, which a probe may train on.
+    with torch.no_grad(), _unembedding_only(model, keep, layout.tokens.shape):
         output = model.run_with_hooks(
             layout.tokens.to(device),
             # Always explicit: a model left to itself guesses the mask from its tokenizer's pad token, which may be
@@ -186,10 +187,31 @@ def _run(
             fwd_hooks=[(str(site), reader(site)) for site in sites],
             **depth,
         )
-    # Gathered outside inference mode, so that the rows are ordinary tensors that a probe may train on.
-    with torch.no_grad():
         rows = {site: found.pop(site).flatten(0, 1).index_select(0, keep) for site in sites}
-        return rows, output.flatten(0, 1).index_select(0, keep) if logits else None
+    if not logits:
+        return rows, None
+    gathered = output.shape[:2] == (1, len(keep))
+    return rows, output[0] if gathered else output.flatten(0, 1).index_select(0, keep)
+
+
+@contextmanager
+def _unembedding_only(model: Any, keep: Int[Tensor, "token"], shape: torch.Size) -> Iterator[None]:
+    """The model unembeds the kept cells of the rectangle alone: logits are the largest tensors there are, and those of
+    padding would be computed, and the others copied, for nothing. A model without a module `unembed` is left alone.
+    """
+
+    def gather(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3 or args[0].shape[:2] != shape:
+            return None
+        return (args[0].flatten(0, 1).index_select(0, keep)[None], *args[1:])
+
+    unembed = getattr(model, "unembed", None)
+    handle = unembed.register_forward_pre_hook(gather) if isinstance(unembed, nn.Module) else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from tracelens.features.stream import Seen
 from tracelens.metrics.spool import Kept, Spool
 from tracelens.metrics.support import SparseActivations
-from tracelens.pair import AlignedBatch, PaddingSide
+from tracelens.pair import AlignedBatch
 from tracelens.sites import Site
 
 log = logging.getLogger(__name__)
@@ -26,17 +26,17 @@ class KeptPass:
     the bit is tried on the first such batch; of a model that computes them otherwise the logits are kept, on disk if need be.
     """
 
-    def __init__(self, model: Any, spool: Spool, padding_side: PaddingSide | None) -> None:
+    def __init__(self, model: Any, spool: Spool) -> None:
         self._model, self._spool = model, spool
-        self._padding_side: PaddingSide = padding_side or "right"
         self._batches: list[tuple[Kept, Callable[[AlignedBatch], Tensor]]] = []
         self._logits_in_memory = 0
         self._input: Tensor | None = None
         self._can_redo: bool | None = None
         unembed = getattr(model, "unembed", None)
-        self._hook = unembed.register_forward_pre_hook(self._remember) if unembed is not None else None
+        self._hook = unembed.register_forward_hook(self._remember) if unembed is not None else None
 
-    def _remember(self, module: Any, args: tuple[Any, ...]) -> None:
+    def _remember(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        # What the unembedding really read: the rows of real tokens, which `stream_aligned` picks for it.
         self._input = args[0] if args and isinstance(args[0], Tensor) and args[0].dim() == 3 else None
 
     def put(self, batch: AlignedBatch, seen: Seen) -> None:
@@ -86,26 +86,19 @@ class KeptPass:
 
     def _redoes(self, batch: AlignedBatch, x: Tensor | None, logits: Tensor) -> bool:
         if self._can_redo is None:
-            again = None if x is None else self._unembed(x, batch)
+            rows = x is not None and x.shape[:2] == (1, len(batch.token_id))
+            again = self._unembed(x, batch) if x is not None and rows else None
             self._can_redo = again is not None and torch.equal(again, logits)
             if not self._can_redo:
                 log.info("the reference's logits cannot be had from its unembedding alone and are kept")
         return self._can_redo and x is not None
 
-    @torch.inference_mode()
-    def _unembed(self, x: Float[Tensor, "batch pos d_model"], batch: AlignedBatch) -> Float[Tensor, "token d_vocab"]:
-        # On the whole rectangle, padding included: matrix products of another shape may differ in the last bit.
+    @torch.no_grad()
+    def _unembed(self, x: Float[Tensor, "1 token d_model"], batch: AlignedBatch) -> Float[Tensor, "token d_vocab"]:
         logits = self._model.unembed(x.to(batch.token_id.device))
         if (cap := getattr(self._model.cfg, "output_logits_soft_cap", 0.0) or 0.0) > 0:
             logits = cap * torch.tanh(logits / cap)
-        return logits.flatten(0, 1).index_select(0, self._cells(batch, x.shape[1]))
-
-    def _cells(self, batch: AlignedBatch, width: int) -> Tensor:
-        """Where in the flattened rectangle the rows of a batch are."""
-        counts = batch.last.diff(prepend=batch.last.new_tensor([-1]))
-        row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-        padding = width - 1 - batch.position[batch.last] if self._padding_side == "left" else torch.zeros_like(counts)
-        return row * width + padding[row] + batch.position
+        return logits[0]
 
 
 def _numpy(x: Tensor) -> np.ndarray:

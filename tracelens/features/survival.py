@@ -195,7 +195,7 @@ class ReferencePass:
         self._done = True
 
     def _run_reference(self, bar: Any) -> None:
-        kept = KeptPass(self.reference, self.spool, self.stream.padding_side)
+        kept = KeptPass(self.reference, self.spool)
         try:
             for batch, seen in self.stream.run({REFERENCE: self.reference}):
                 self._take(batch, seen[REFERENCE])
