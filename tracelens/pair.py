@@ -92,7 +92,7 @@ def stream_aligned(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     tokenizer = first.tokenizer if tokenizer is None else tokenizer
-    tokens = _tokenize(prompts, tokenizer, min(model.cfg.n_ctx for model in models.values()), first.cfg.d_vocab)
+    tokens = tokenize(prompts, tokenizer, min(model.cfg.n_ctx for model in models.values()), first.cfg.d_vocab)
     bos = None if tokenizer is None or include_bos else tokenizer.bos_token_id
     starts = [_leading(ids, bos) for ids in tokens]
     for index, (ids, start) in enumerate(zip(tokens, starts, strict=True)):
@@ -242,7 +242,8 @@ def _leading(ids: list[int], token: int | None) -> int:
     return next((i for i, other in enumerate(ids) if other != token), len(ids))
 
 
-def _tokenize(prompts: Sequence[Any], tokenizer: Any, n_ctx: int, d_vocab: int) -> list[list[int]]:
+def tokenize(prompts: Sequence[Any], tokenizer: Any, n_ctx: int, d_vocab: int) -> list[list[int]]:
+    """Token ids of prompts as `stream_aligned` takes them; raises `PromptError` as it says."""
     if isinstance(prompts, str):
         raise PromptError("prompts is one string; give a list of prompts: [prompt]")
     texts = [getattr(prompt, "prompt", prompt) for prompt in prompts]

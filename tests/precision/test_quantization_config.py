@@ -236,3 +236,15 @@ def test_parse_is_there_as_a_function():
     assert (config.bits, config.group_size) == (4, 128)
     assert str(config.activations) == str(config.kv_cache) == "8"
     assert config == QuantizationConfig.parse(str(config))
+
+
+@pytest.mark.parametrize("spec", ["int4-g32", "nf4-dq", "fp32", "int8", "pruned-s50"])
+def test_precisions_of_weights_alone_round_no_activations(spec):
+    assert not parse(spec).rounds_activations
+
+
+@pytest.mark.parametrize(
+    "spec", ["int8-dynamic", "llm-int8", "int4-g32+a8", "int4-g32+kv8", "int4+bf16", "bf16", "fp16"]
+)
+def test_what_rounds_activations_says_so(spec):
+    assert parse(spec).rounds_activations

@@ -91,7 +91,7 @@ class Survival:
         return self
 
 
-def prompt_blocks(prompts: Sequence[str], n_blocks: int = N_BLOCKS) -> Int[Tensor, "prompt"]:
+def prompt_blocks(prompts: Sequence[Any], n_blocks: int = N_BLOCKS) -> Int[Tensor, "prompt"]:
     """Block of each prompt, by the rank of a hash of its text: the same whatever the order in which prompts come.
 
     Prompts of the same text share a block: they say one thing, and a bootstrap that drew them apart would take it for several.
@@ -132,7 +132,7 @@ class ReferencePass:
         self,
         reference: Any,
         saes: SAEs,
-        prompts: Sequence[str],
+        prompts: Sequence[Any],
         *,
         readout: Readout,
         tokenizer: Any = None,

@@ -99,7 +99,7 @@ def quantize(
                 seed=seed,
             )
         warned = _run(checkpoint, recipe, prompts, folder, tokenizer, list(ignore), seed, device, progress)
-        _copy_beside(checkpoint.path, folder, tokenizer if tokenizer is not checkpoint.tokenizer else None)
+        copy_beside(checkpoint.path, folder, tokenizer if tokenizer is not checkpoint.tokenizer else None)
         record = {
             "recipe": recipe.name,
             "model": checkpoint.name,
@@ -259,7 +259,7 @@ def _warn_of_few(prompts: Calibration, model: Any) -> None:
         )
 
 
-def _copy_beside(source: Path, folder: Path, tokenizer: Any) -> None:
+def copy_beside(source: Path, folder: Path, tokenizer: Any) -> None:
     """The tokenizer's files as they were, or a given tokenizer's; and how the model generates."""
     if tokenizer is None:
         for pattern in BESIDE:

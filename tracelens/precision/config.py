@@ -196,6 +196,13 @@ class QuantizationConfig:
         return QuantizationConfig(self.type, **{name: getattr(self, name) for name in names})
 
     @property
+    def rounds_activations(self) -> bool:
+        """Whether anything but weights is rounded: what enters linear layers, the KV cache, or all in half precision."""
+        half = self.type in HALF_TYPES or self.compute in HALF_TYPES
+        inputs = self.activations is not None or self.type is QuantizationType.LLM_INT8
+        return half or inputs or self.kv_cache is not None
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether a scale must be found on prompts before anything can run."""
         return any(part is not None and part.static for part in (self.activations, self.kv_cache))
