@@ -22,7 +22,7 @@ LAYERS = [
     {"views", "cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-TOGETHER = [LAYERS[6], LAYERS[7], {"features", "behaviour"}]
+TOGETHER = [LAYERS[6], LAYERS[7], {"features", "behaviour", "causal"}]
 SCRIPTS = {
     path for path in PACKAGE.glob("organism/*.py") if path.stem in ("train", "train_saes", "card", "sae_card", "damage")
 }
@@ -71,7 +71,7 @@ def test_arrows_point_down(path):
     far = {name for name in lazy - together - {"views"} if RANK[name] > RANK[home]}
     assert not far, f"{home} imports {far}"
     if "views" in lazy:
-        assert home in together & {"audit_report", "sweep_result", "studies", "features", "views", "cli"}
+        assert home in together & {"audit_report", "sweep_result", "studies", "features", "causal", "views", "cli"}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("metrics/*.py")), ids=lambda path: path.name)

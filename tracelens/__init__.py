@@ -24,12 +24,23 @@ _HOMES = {
     "tracelens.studies.decomposition_result": ("Decomposition",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-_SUBPACKAGES = ("behaviour", "datasets", "features", "loading", "metrics", "organism", "precision", "studies", "views")
+_SUBPACKAGES = (
+    "behaviour",
+    "causal",
+    "datasets",
+    "features",
+    "loading",
+    "metrics",
+    "organism",
+    "precision",
+    "studies",
+    "views",
+)
 
 __all__ = ["__version__", *_HOME_OF, *_SUBPACKAGES]
 
 if TYPE_CHECKING:
-    from tracelens import behaviour, datasets, features, loading, metrics, organism, precision, studies, views
+    from tracelens import behaviour, causal, datasets, features, loading, metrics, organism, precision, studies, views
     from tracelens.audit import Audit, AuditReport
     from tracelens.errors import TracelensError
     from tracelens.features import CircuitTracer, Fingerprint, SAEHealth, load_saes, sae_health

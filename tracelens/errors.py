@@ -81,3 +81,11 @@ class QuantizeError(TracelensError, RuntimeError):
 
 class MetricInputError(TracelensError, ValueError):
     """Activations, logits, scores or thresholds for which a metric or statistic is not defined."""
+
+
+class MemoryBudgetError(TracelensError, MemoryError):
+    """What was asked for does not fit into its memory budget."""
+
+
+class PlanError(TracelensError, ValueError):
+    """A plan of what to keep in 16 bit that cannot be made, exported or carried out."""
