@@ -32,7 +32,7 @@ notebooks: $(READY)
 	$(BIN)/pytest --nbmake --nbmake-timeout=600 -p no:cacheprovider notebooks
 
 bench: $(READY)
-	@for name in pair audit sweep moments smearing loading; do echo "== bench_$$name"; $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
+	@for name in pair audit sweep moments smearing loading patching; do echo "== bench_$$name"; $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache *.egg-info
