@@ -236,6 +236,13 @@ def test_cpfr_of_a_plan(coarse):
         plan(coarse, prompts, budget_bytes=200_000, saes=saes)
 
 
+def test_what_the_gradients_do_not_foretell_is_not_made_up(coarse, prompts, found):
+    assert found.predicted_perplexity > 1
+    assert found.predicted_flips.n == len(found.held_out.tokens)
+    made = plan(coarse, prompts, budget_bytes=200_000, n_random=1, by="magnitude")
+    assert (made.predicted, made.predicted_flips, made.predicted_perplexity) == (None, None, None)
+
+
 def test_a_plan_is_read_back(found, tmp_path):
     again = RepairPlan.load(found.save(tmp_path / "plan.json"))
     assert again.to_dict() == found.to_dict()

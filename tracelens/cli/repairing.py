@@ -220,6 +220,9 @@ def _print(plan: "RepairPlan") -> None:
             print(f"  {unit.name}  {size(unit.bytes)}{gain}")
     columns = ("name", "bytes", "recovery", "recovery_low", "recovery_high", "closed", "flips", "perplexity")
     table = plan.comparison
+    if plan.predicted_flips is not None and plan.predicted_perplexity is not None:
+        predicted = f"flips {plan.predicted_flips.rate.value:.3f}, perplexity {plan.predicted_perplexity:.3f}"
+        print(f"\nPredicted with these kept: {predicted}")
     print("\nOn the held-out prompts:")
     print(table[[name for name in columns if name in table]].to_string(index=False, float_format="%.3f"))
 

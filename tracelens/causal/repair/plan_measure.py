@@ -96,7 +96,7 @@ class Bench:
         with restored(Restored(matrix) for matrix in matrices):
             model = self.pair.quantized if model is None else model
             values = metric_of(model, self.held, self.runs)
-            losses, counts = token_losses(model, self._texts, self.pair.tokenizer, self.runs.batch_size)
+            losses, counts = token_losses(model, self.texts_read, self.pair.tokenizer, self.runs.batch_size)
             cpfr = self._cpfr(name, model)
         ends = (start, goal)
         losses = (losses, counts)
@@ -104,7 +104,8 @@ class Bench:
         return summarised(name, units, n_bytes, values, ends, losses, rows=rows, cpfr=cpfr, seed=self.seed)
 
     @property
-    def _texts(self) -> Sequence[Any]:
+    def texts_read(self) -> Sequence[Any]:
+        """What perplexity is measured on."""
         return [list(ids) for ids in self.held.prompts.tokens] if self.texts is None else self.texts
 
     @cached_property

@@ -71,6 +71,8 @@ class RepairPlan:
         predicted: recovery that the choice was predicted to bring on the held-out prompts, a sum over its units; None where it was
             not chosen by a prediction.
         predicted_flips: of the margins so predicted, against the reference's.
+        predicted_perplexity: by the same gradients, of the texts that perplexity is measured on; None if not chosen by them.
+            CPFR has no gradient to foretell it by, and is measured alone.
         chosen_predicted, chosen_measured: recovery on the prompts that were chosen on.
         n_choosing: how many these are.
         held_out: the prompts that were measured on.
@@ -95,6 +97,7 @@ class RepairPlan:
     outcomes: tuple[Outcome, ...] = field(repr=False)
     predicted: Estimate | None
     predicted_flips: Flips | None
+    predicted_perplexity: float | None
     chosen_predicted: Estimate | None
     chosen_measured: Estimate
     n_choosing: int

@@ -13,6 +13,7 @@ from tracelens.causal.repair.choosing import at_random, most_gain
 from tracelens.causal.repair.halves import parts
 from tracelens.causal.repair.plan_choice import BY, Choice
 from tracelens.causal.repair.plan_measure import Bench, Outcome, is_margin, recovery
+from tracelens.causal.repair.plan_perplexity import predicted_perplexity
 from tracelens.causal.repair.plan_result import HeldOut, RepairPlan
 from tracelens.causal.repair.plan_target import Target
 from tracelens.causal.repair.plan_units import sizes_of, units_of
@@ -122,6 +123,7 @@ def plan(
         outcomes=_outcomes(bench, job, kept, budget_bytes, n_random),
         predicted=None if predicted is None else bench.recovery(predicted),
         predicted_flips=None if predicted is None else _flips(bench, predicted),
+        predicted_perplexity=_perplexity(job, bench, kept) if by == "attribution" and kept else None,
         chosen_predicted=None if (own := job.predicted(kept, "choose")) is None else recovery(own, *ends, seed),
         chosen_measured=recovery(measured, *ends, seed),
         n_choosing=len(choose.prompts),
@@ -168,6 +170,11 @@ def _outcomes(bench: Bench, job: Choice, kept: list[int], budget: int | None, n_
         n_bytes = sum(unit.bytes for unit in units)
         found.append(bench.outcome(name, [unit.name for unit in units], job.held_matrices(chosen), n_bytes))
     return tuple(found)
+
+
+def _perplexity(job: Choice, bench: Bench, kept: list[int]) -> float:
+    names = [matrix.name for matrix in job.held_matrices(kept)]
+    return predicted_perplexity(job.pair, bench.texts_read, names, job.runs, job.gradient)
 
 
 def _flips(bench: Bench, predicted: Float64[Tensor, "prompt"]) -> Flips | None:
