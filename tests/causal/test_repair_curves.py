@@ -130,6 +130,30 @@ def test_identical_models_have_nothing_to_repair(organism, prompts, refusal):
         assert math.isnan(found.full.value)
 
 
+def test_the_verdict_says_in_which_measure_an_order_wins(layers, monkeypatch):
+    names = [name for name in layers.areas("components")["order"] if name not in ("random", "magnitude")]
+    assert len(names) >= 2
+
+    def areas_where(wins):
+        areas = type(layers).areas
+
+        def changed(self, axis="components", measure="recovery"):
+            table = areas(self, axis, measure).copy()
+            table["wins"] = [name in wins[measure] for name in table["order"]]
+            return table
+
+        return changed
+
+    both, half = names[:2]
+    monkeypatch.setattr(type(layers), "areas", areas_where({"recovery": [both], "closed": [both, half]}))
+    assert f"By components, {both} (" in layers.verdict
+    assert f"better of random and magnitude; {half} only in the closed gap." in layers.verdict
+    monkeypatch.undo()
+    monkeypatch.setattr(type(layers), "areas", areas_where({"recovery": [both], "closed": [half]}))
+    assert f"none of {len(names)} orders beats " in layers.verdict
+    assert f"; {half} only in the closed gap; {both} only in recovery, which overshooting adds to." in layers.verdict
+
+
 def test_nested_states_are_those_of_restoring_directly(pair, prompts, refusal, layers):
     held = PromptSet.of(prompts, pair.reference)
     texts = {text: i for i, text in enumerate(held.texts)}

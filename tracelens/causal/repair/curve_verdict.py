@@ -39,13 +39,12 @@ def verdict_of(curve: "RepairCurve") -> str:
 
 
 def _by(curve: "RepairCurve", axis: Axis) -> str:
-    """Orders that win in both measures, the areas being those of the closed gap."""
+    """Orders that win in both measures, or in one; the areas are those of the closed gap."""
     table: Any = curve.areas(axis, "closed")
     recovery: Any = curve.areas(axis, "recovery")
     versus = table["versus"].iloc[0]
     area = float(table.loc[table["order"] == versus, "area"].iloc[0])
-    against = f"{versus} ({area:.3f}), the better of random and magnitude"
-    what = f"By {axis}, in the area of the closed gap,"
+    against = f"{versus} ({area:.3f} in area of the closed gap), the better of random and magnitude,"
     won = set(curve.winners(axis))
     if not won:
         n = len([name for name in table["order"] if name not in CONTROLS])
@@ -54,14 +53,17 @@ def _by(curve: "RepairCurve", axis: Axis) -> str:
             if rank_p(0, len(curve.rows("random"))) > LEVEL
             else ""
         )
-        said = f"{what} none of {n} orders beats {against}{few}" if n else f"{what} there is no order beside {against}"
+        said = f"By {axis}, none of {n} orders beats {against} both in recovery and in the closed gap{few}"
+        said = said if n else f"By {axis}, there is no order beside {against.rstrip(',')}"
     else:
         ordered = table[table["order"].isin(list(won))].sort_values("area", ascending=False)
         names = [f"{row['order']} ({row['area']:.3f}, p = {row['p_adjusted']:.2g})" for _, row in ordered.iterrows()]
-        said = f"{what} {', '.join(names)} beat{'s' if len(names) == 1 else ''} {against}"
-    half = set(recovery[recovery["wins"]]["order"]) - won
-    also = f"; {', '.join(sorted(half))} only in recovery, which overshooting adds to" if half else ""
-    return f"{said}{also}."
+        said = f"By {axis}, {', '.join(names)} beat{'s' if len(names) == 1 else ''} {against.rstrip(',')}"
+    ones = {"the closed gap": table, "recovery, which overshooting adds to": recovery}
+    for measure, areas in ones.items():
+        if half := sorted(set(areas[areas["wins"]]["order"]) - won):
+            said += f"; {', '.join(half)} only in {measure}"
+    return f"{said}."
 
 
 def _why(curve: "RepairCurve") -> str:
