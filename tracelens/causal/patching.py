@@ -32,7 +32,8 @@ from tracelens.causal.patching_result import PatchingResult, of_pair
 from tracelens.causal.placebo import Placebo
 from tracelens.causal.prompts import Batch, PromptSet, Spans
 from tracelens.causal.readout import Metric, as_metric, default_metric
-from tracelens.causal.rerun import Edit, Rerunner
+from tracelens.causal.rerun import Rerunner
+from tracelens.causal.sides import Side
 from tracelens.causal.sweeps import Features, Sites, Sweep, sweep
 from tracelens.causal.token_labels import token_labels
 from tracelens.chat import Chat
@@ -90,7 +91,7 @@ def activation_patching(
     if direction not in ("denoising", "noising"):
         raise UnknownNameError.of("direction", direction, ("denoising", "noising"))
     clean, corrupted = contrasts.clean, contrasts.corrupted
-    runs = {"clean": _Run(model, clean), "corrupted": _Run(model, corrupted, contrasts.edits(model))}
+    runs = {"clean": Side(model, clean), "corrupted": Side(model, corrupted, contrasts.edits(model))}
     start, goal = ("corrupted", "clean") if direction == "denoising" else ("clean", "corrupted")
     chosen = sweep(
         model,
@@ -175,7 +176,7 @@ def cross_precision_patching(
         raise UnknownNameError.of("direction", direction, ("repair", "damage"))
     tokenizer = pair.tokenizer if tokenizer is None else tokenizer
     prompts = PromptSet.of(prompts, pair.reference, tokenizer=tokenizer, spans=spans, chat=chat)
-    runs = {name: _Run(getattr(pair, name), prompts) for name in ("reference", "quantized")}
+    runs = {name: Side(getattr(pair, name), prompts) for name in ("reference", "quantized")}
     start, goal = ("quantized", "reference") if direction == "repair" else ("reference", "quantized")
     chosen = sweep(
         runs[start].model,
@@ -207,27 +208,11 @@ def cross_precision_patching(
     return job.result(direction, chosen, placebo, n_placebo, min_difference, seed, settings)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One of the two runs: a model on prompts, with its embedding corrupted or not."""
-
-    model: Any
-    prompts: PromptSet
-    edits: Callable[[Batch], Mapping[str, Edit]] | None = None
-
-    def logits(self, batch: Batch, whole: bool) -> Tensor:
-        tokens = torch.tensor([self.prompts.tokens[i] for i in batch.prompt.tolist()])
-        edits = self.edits(batch) if self.edits else None
-        out = Rerunner(self.model).run(tokens, edits=edits, whole=whole)[0]
-        assert out is not None
-        return out
-
-
 @dataclass
 class _Patching:
     """Patches from the run `goal` into the run `start`."""
 
-    runs: Mapping[str, _Run]
+    runs: Mapping[str, Side]
     start: str
     goal: str
     metric: Metric

@@ -17,13 +17,12 @@ and what is sufficient here need not be necessary. The source's value goes throu
 "attn" instead of "head" where the projection's change is to be carried along.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from torch import Tensor
 
 from tracelens.causal.arms import ArmRunner, OtherRun, evaluating
 from tracelens.causal.effects import MIN_DIFFERENCE
@@ -32,9 +31,10 @@ from tracelens.causal.path_arms import MLPs, Path, PathRunner
 from tracelens.causal.path_places import Components, all_paths, present
 from tracelens.causal.placebo import Placebo, PlaceboKind
 from tracelens.causal.places import Where
-from tracelens.causal.prompts import Batch, PromptSet, Spans
+from tracelens.causal.prompts import PromptSet, Spans
 from tracelens.causal.readout import Metric, as_metric, default_metric
-from tracelens.causal.rerun import Edit, Rerunner
+from tracelens.causal.rerun import Rerunner
+from tracelens.causal.sides import Side
 from tracelens.causal.token_labels import token_labels
 from tracelens.chat import Chat
 from tracelens.errors import UnknownNameError
@@ -89,8 +89,8 @@ def path_patching(
     `MemoryBudgetError` before the first patched run.
     """
     sides = {
-        "clean": _Side(model, contrasts.clean),
-        "corrupted": _Side(model, contrasts.corrupted, contrasts.edits(model)),
+        "clean": Side(model, contrasts.clean),
+        "corrupted": Side(model, contrasts.corrupted, contrasts.edits(model)),
     }
     start, goal = _ends(direction, {"denoising": ("corrupted", "clean"), "noising": ("clean", "corrupted")})
     metric = contrasts.metric if metric is None else metric
@@ -138,7 +138,7 @@ def cross_precision_path_patching(
     """
     tokenizer = pair.tokenizer if tokenizer is None else tokenizer
     prompts = PromptSet.of(prompts, pair.reference, tokenizer=tokenizer, spans=spans, chat=chat)
-    sides = {name: _Side(getattr(pair, name), prompts) for name in ("reference", "quantized")}
+    sides = {name: Side(getattr(pair, name), prompts) for name in ("reference", "quantized")}
     start, goal = _ends(direction, {"repair": ("quantized", "reference"), "damage": ("reference", "quantized")})
     job = _PathPatching(sides, start, goal, _metric(metric, prompts, tokenizer), mlps)
     job.limits |= {"batch_size": batch_size, "memory_budget": memory_budget, "progress": progress}
@@ -149,27 +149,11 @@ def cross_precision_path_patching(
     )
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One of the two runs: a model on prompts, with its embedding corrupted or not."""
-
-    model: Any
-    prompts: PromptSet
-    edits: Callable[[Batch], Mapping[str, Edit]] | None = None
-
-    def logits(self, batch: Batch, *, whole: bool) -> Tensor:
-        tokens = torch.tensor([self.prompts.tokens[i] for i in batch.prompt.tolist()])
-        edits = self.edits(batch) if self.edits else None
-        out, _ = Rerunner(self.model).run(tokens, edits=edits, whole=whole)
-        assert out is not None
-        return out
-
-
 @dataclass
 class _PathPatching:
     """Paths whose senders move from the run `start` to the run `goal`."""
 
-    sides: Mapping[str, _Side]
+    sides: Mapping[str, Side]
     start: str
     goal: str
     metric: Metric
