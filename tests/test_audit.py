@@ -11,7 +11,7 @@ from tests.handmade import OPTIONS, SAFETY, TOKEN, ReadOut, feature_table
 from tests.planted import unwritten
 from tests.tiny import WORDS
 from tracelens import Audit, AuditReport, CircuitTracer, Fingerprint, Site, load, load_saes
-from tracelens.audit_report import severity
+from tracelens.audit_report import FEATURE_COLUMNS, INTERVAL_COLUMNS, severity
 from tracelens.auditing.assembly import error_in_weights_alone
 from tracelens.behaviour import AnswerTokens
 from tracelens.datasets import get_dataset
@@ -254,8 +254,9 @@ def test_controls_stand_beside_and_can_be_left_out(tiny):
     assert bare.verdict.against_noise is None
     assert "noise" not in bare.verdict.text
     assert "No matched noise: controls were switched off." in bare.summary()
-    assert bare.features["fidelity_noise"].isna().all()
-    same = bare.features.columns.drop("fidelity_noise")
+    noise = ["fidelity_noise", "fidelity_noise_low", "fidelity_noise_high"]
+    assert bare.features[noise].isna().all(axis=None)
+    same = bare.features.columns.drop(noise)
     pd.testing.assert_frame_equal(bare.features[same], report.features[same])
 
 
@@ -433,6 +434,31 @@ def test_save_and_load(damaged, tmp_path):
     assert loaded.summary() == damaged.summary()
     assert json.loads(json.dumps(loaded.to_dict())) == json.loads(json.dumps(damaged.to_dict()))
     loaded.save(folder)  # a folder of ours is written again
+
+
+def test_single_features_have_intervals_over_prompts(damaged):
+    table = damaged.features
+    for name in ("fidelity", "correlation", "drift", "retention"):
+        low, high = table[f"{name}_low"], table[f"{name}_high"]
+        assert low.notna().all()
+        assert (low <= high).all()
+    # Halved, gone or kept on every prompt alike: no prompts would tell otherwise.
+    assert set(table["fidelity"].round(5)) == {0, 0.5, 1}
+    for end in ("fidelity_low", "fidelity_high"):
+        pd.testing.assert_series_equal(table[end], table["fidelity"], check_names=False, atol=1e-6)
+    ends = table[["fidelity_noise_low", "fidelity_noise_high"]]
+    assert ((ends.iloc[:, 0] <= table["fidelity_noise"]) & (table["fidelity_noise"] <= ends.iloc[:, 1])).all()
+
+
+def test_a_report_saved_without_intervals_is_read(damaged, tmp_path):
+    folder = damaged.save(tmp_path / "report")
+    old = damaged.features.drop(columns=INTERVAL_COLUMNS)
+    old.to_csv(folder / "features.csv", index=False)
+    loaded = AuditReport.load(folder)
+    pd.testing.assert_frame_equal(loaded.features[old.columns], old)
+    assert loaded.features[INTERVAL_COLUMNS].isna().all(axis=None)
+    assert list(loaded.features.columns) == FEATURE_COLUMNS
+    assert loaded.summary() == damaged.summary()
 
 
 def test_odd_texts_and_missing_numbers_survive_the_file(reference, tmp_path):

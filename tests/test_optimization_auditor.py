@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from tests import handmade
 from tests.handmade import FEATURES, OPTIONS, ReadOut
@@ -63,11 +64,11 @@ def test_a_sweep_says_what_the_audits_say(sweep, tiny):  # noqa: F811
 
 def test_the_reference_runs_once(tiny, monkeypatch):  # noqa: F811
     model, saes, prompts = tiny
-    calls = {"reference": 0, "others": 0}
+    calls = {"reference": 0, "others": 0, "gradients": 0}
     run = type(model).run_with_hooks
 
     def counted(self, *args, **kwargs):
-        calls["reference" if self is model else "others"] += 1
+        calls["gradients" if torch.is_grad_enabled() else "reference" if self is model else "others"] += 1
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "run_with_hooks", counted)
@@ -75,10 +76,11 @@ def test_the_reference_runs_once(tiny, monkeypatch):  # noqa: F811
     auditor.run_sweep(prompts, CONFIGS, **OPTIONS, batch_size=20, noise_seeds=2, permuted_seeds=1)
     batches = 80 // 20
     # Three precisions with two draws of noise and a permuted error each, and one bf16 floor for all.
-    assert calls == {"reference": batches, "others": batches * (3 * (1 + 2 + 1) + 1)}
-    calls.update(reference=0, others=0)
-    auditor.run_sweep(prompts, CONFIGS, **OPTIONS, batch_size=20, controls=False)
-    assert calls == {"reference": batches, "others": 3 * batches}
+    # Evidence takes the margin's gradient on 16 of the prompts, once for all precisions.
+    assert calls == {"reference": batches, "others": batches * (3 * (1 + 2 + 1) + 1), "gradients": 1}
+    calls.update(reference=0, others=0, gradients=0)
+    auditor.run_sweep(prompts, CONFIGS, **OPTIONS, batch_size=20, controls=False, evidence_prompts=0)
+    assert calls == {"reference": batches, "others": 3 * batches, "gradients": 0}
 
 
 def test_damage_grows_as_bits_fall(sweep):
@@ -195,7 +197,8 @@ def passes(tiny, monkeypatch):  # noqa: F811
     run = type(model).run_with_hooks
 
     def counted(self, *args, **kwargs):
-        ran.append("fp" if self is model else str(getattr(self, "precision", "control")))
+        if not torch.is_grad_enabled():  # evidence takes gradients on a few prompts, which is no pass
+            ran.append("fp" if self is model else str(getattr(self, "precision", "control")))
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "run_with_hooks", counted)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tracelens.auditing.evidence import Evidence
+from tracelens.auditing.evidence_storage import read_evidence, summary_of, write_evidence
 from tracelens.auditing.preservation import Shares
 from tracelens.auditing.verdict import Verdict
 from tracelens.behaviour.flips import Flips
@@ -12,18 +14,27 @@ from tracelens.features.fingerprint import Fingerprint
 from tracelens.metrics.moments import FeatureMoments
 from tracelens.metrics.muting import MUTED_AT
 from tracelens.metrics.result import Result
-from tracelens.output import MARKER, decode, encode, read_marker, reading, staged, write_atomically
+from tracelens.output import MARKER, decode, encode, read_marker, reading, staged
 from tracelens.stats import Estimate, wilson_low
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+    from tracelens.causal.repair.plan_result import RepairPlan
+    from tracelens.sweep_result import SweepResult
+    from tracelens.views.widgets.shell import Explorer
+
 KIND = "tracelens_audit_report"
 VERSION = 2
+INTERVALS = ("fidelity", "fidelity_noise", "correlation", "drift", "retention")
+"""Columns of the feature table that have a `_low` and a `_high`."""
+INTERVAL_COLUMNS = [f"{name}_{end}" for name in INTERVALS for end in ("low", "high")]
+"""NaN in reports that were saved without them."""
 FEATURE_COLUMNS = [
     *("site", "feature", "behaviour", "fidelity", "correlation", "drift", "retention", "muting_rate"),
     *("novelty", "degraded", "n_active", "survival", "fidelity_noise", "p_shift", "q_shift"),
+    *INTERVAL_COLUMNS,
 ]
 PAIR_COLUMNS = [
     *("site", "feature_i", "feature_j", "behaviour_i", "behaviour_j", "cos_ref", "cos_quant", "increase"),
@@ -99,7 +110,10 @@ class AuditReport:
             site, feature, behaviour (or "capability"), fidelity, correlation, drift, retention, muting_rate, novelty, degraded,
             n_active; survival (survived, blurred or damaged; empty where the reference does not vary); fidelity_noise, the mean over
             the draws of matched noise; p_shift, by sign flips over blocks of prompts, that its activation summed over a block is the
-            same on average, and q_shift, that p adjusted over all live features (Benjamini–Hochberg).
+            same on average, and q_shift, that p adjusted over all live features (Benjamini–Hochberg); fidelity_low and fidelity_high,
+            and likewise of correlation, drift and retention: 95 % paired bootstrap over blocks of prompts, NaN of a feature that fires
+            in fewer than two blocks (`auditing.feature_intervals`); fidelity_noise_low and fidelity_noise_high: the least and the
+            largest over the draws, no 95 % interval, NaN with fewer than two draws.
         smeared_pairs: one row per smeared pair, worst first: site, features, their behaviours, cosine in both models and its rise, and
             tokens on which the reference fires the rarer of the two.
         prompts: one row per prompt: text, behaviour, whether it is a safety prompt, both margins in nats, whether it flips
@@ -116,6 +130,7 @@ class AuditReport:
         settings: everything needed to run it again.
         shares: for the same sets as `cpfr`, the shares of features that survived, are blurred, damaged, degraded and muted.
         absent: control that there is none of → why.
+        evidence: what was kept of single tokens, for cards of features and for pairs; None if nothing was.
     """
 
     label: str
@@ -136,6 +151,7 @@ class AuditReport:
     settings: dict[str, Any]
     shares: dict[str, Shares] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    evidence: Evidence | None = None
 
     @property
     def safety_features(self) -> "pd.DataFrame":
@@ -175,14 +191,38 @@ class AuditReport:
 
         return audit_figure(self)
 
-    def to_html(self, path: str | Path) -> Path:
-        """Writes the audit as one self-contained page, which opens without a network, and returns its path."""
-        from tracelens.views.report import audit_page
+    def explore(self, view: str = "features") -> "Explorer":
+        """A widget to look around in: `"features"` (every feature, and the card of one) or `"smearing"` (pairs and groups that merge).
 
-        return write_atomically(Path(path), audit_page(self))
+        Raises `UnknownNameError` for another view.
+        """
+        from tracelens.views.exploring import explore_audit
+
+        return explore_audit(self, view)
+
+    def to_html(
+        self,
+        path: str | Path,
+        plan: "RepairPlan | None" = None,
+        sweep: "SweepResult | None" = None,
+        *,
+        json: bool = True,
+    ) -> Path:
+        """Writes the audit as one self-contained page, which opens without a network, and returns its path.
+
+        `x.html` gets an `x.json` beside it that holds every number on the page (`report.html` a `report-numbers.json`, as a saved
+        audit keeps itself in a `report.json`); not with `json=False`.
+
+        Args:
+            plan: what to keep in 16 bit, to be told on the page.
+            sweep: other precisions of the same model, likewise.
+        """
+        from tracelens.views.report import write_report
+
+        return write_report(self, Path(path), plan=plan, sweep=sweep, numbers=json)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the tensors, as JSON can hold it; the tables as lists of rows."""
+        """Everything but the tensors, as JSON can hold it; the tables as lists of rows, of the evidence how much there is."""
         return self._scalars() | {
             name: getattr(self, name).to_dict(orient="records") for name in ("features", "smeared_pairs", "prompts")
         }
@@ -200,6 +240,7 @@ class AuditReport:
             "controls": {name: encode(control) for name, control in self.controls.items()},
             "verdict": encode(self.verdict),
             "fingerprint": self.fingerprint.to_dict(),
+            "evidence": self.evidence and summary_of(self.evidence),
         }
 
     def save(self, folder: str | Path) -> Path:
@@ -215,6 +256,8 @@ class AuditReport:
             for name in ("features", "smeared_pairs", "prompts"):
                 getattr(self, name).to_csv(new / f"{name}.csv", index=False)
             save_file(moments, new / "moments.safetensors")
+            if self.evidence is not None:
+                write_evidence(self.evidence, new)
             (new / MARKER).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         return Path(folder)
 
@@ -238,6 +281,8 @@ class AuditReport:
                 )
                 for name in ("features", "smeared_pairs", "prompts")
             }
+            missing = [name for name in INTERVAL_COLUMNS if name not in tables["features"]]
+            tables["features"] = tables["features"].assign(**dict.fromkeys(missing, float("nan")))
             return cls(
                 **tables,
                 **{name: data[name] for name in ("label", "reference", "quantized", "precision", "sites", "settings")},
@@ -250,4 +295,6 @@ class AuditReport:
                 verdict=decode(Verdict, data["verdict"]),
                 fingerprint=Fingerprint.from_dict(data["fingerprint"]),
                 moments=FeatureMoments(**load_file(folder / "moments.safetensors")),
+                # Files may lie there of a report that had evidence; the marker says whether this one has.
+                evidence=read_evidence(folder) if data.get("evidence") else None,
             )

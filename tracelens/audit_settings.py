@@ -30,6 +30,9 @@ class AuditSettings:
         padding_side: of prompts in a batch. The numbers depend neither on it nor on `batch_size`, bar the last bits; rounding of
             activations makes a whole step of these where a value lies between two, and single features then differ visibly.
         memory: GB of the reference's pass and of sums that are kept in memory; what is more goes to disk.
+        evidence_prompts: prompts whose activations are kept token by token (`AuditReport.evidence`), a random sample if there are more;
+            0 for none. An eighth of `memory` bounds them too: what does not fit is not kept, and the evidence says how many were.
+        evidence_features: features that are described there; safety features all are, even if there are more.
         progress: progress bars.
 
     Raises `MetricInputError` for a number that is too small, and for `damaged_at` above `survived_at`.
@@ -53,10 +56,13 @@ class AuditSettings:
     batch_size: int = 32
     padding_side: PaddingSide | None = None
     memory: float = MEMORY
+    evidence_prompts: int = 512
+    evidence_features: int = 1000
     progress: bool = False
 
     def __post_init__(self) -> None:
         least = {"noise_seeds": 0, "permuted_seeds": 0, "n_resamples": 1, "n_blocks": 8, "batch_size": 1}
+        least |= {"evidence_prompts": 0, "evidence_features": 0}
         for name, smallest in least.items():
             if (value := getattr(self, name)) < smallest:
                 raise MetricInputError(f"{name} is {value}; it must be at least {smallest}")

@@ -18,7 +18,7 @@ from tracelens.features.fingerprint import Fingerprint
 from tracelens.features.saes import check_saes, normalise_saes
 from tracelens.loading import Checkpoint, load, open_checkpoint
 from tracelens.pair import PrecisionPair
-from tracelens.precision import QuantizationConfig, QuantizationType, apply_precision
+from tracelens.precision import QuantizationConfig, QuantizationType, apply_precision, weight_matrices
 from tracelens.sweep_result import SweepResult
 
 
@@ -71,7 +71,8 @@ class OptimizationAuditor:
         **changes: Any,
     ) -> SweepResult:
         """An audit for each precision and build. The reference runs once over the prompts, whatever their number: N of them cost N + 1
-        passes, and controls a pass each. Beyond `settings.memory` a further model costs an unembedding too. They run one after the other.
+        passes, controls a pass each, and evidence the margin's gradient on at most 64 prompts. Beyond `settings.memory` a further model
+        costs an unembedding too. They run one after the other.
 
         Args:
             test_prompts: a registered data set's name, a file, a `Dataset`, a list of prompts or a mapping behaviour → prompts.
@@ -139,10 +140,12 @@ class OptimizationAuditor:
         if len(parsed) + len(builds) == 0 or len(set(parsed)) < len(parsed):
             names = ", ".join(map(str, parsed)) or "none"
             raise PrecisionSpecError(f"a sweep needs at least one precision, each once; got: {names}")
-        return [
+        entries = [
             *(self._simulated(config, calibration) for config in parsed),
             *(self._built(name, source) for name, source in builds.items()),
         ]
+        n = _n_linear_weights(self.model)
+        return [_with_record(entry, "linear_weights", n) for entry in entries]
 
     def _simulated(self, config: QuantizationConfig, calibration: Sequence[Any] | None) -> _Entry:
         make = partial(apply_precision, self.model, config, calibration=calibration)
@@ -199,6 +202,14 @@ def fitting_baseline(behaviours: set[str], tokenizer: Any, max_unknown: float = 
 
 def _with_record(entry: _Entry, name: str, value: Any) -> _Entry:
     return replace(entry, variant=replace(entry.variant, record={**entry.variant.record, name: value}))
+
+
+def _n_linear_weights(model: Any) -> int | None:
+    """Weights of the linear layers inside the blocks, which is what formats store in few bits; None where these cannot be told."""
+    try:
+        return sum(weight.parameter.numel() for weight in weight_matrices(model))
+    except PrecisionSpecError:
+        return None
 
 
 def _check_name(name: str) -> None:

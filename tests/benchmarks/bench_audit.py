@@ -26,7 +26,10 @@ def bench(name: str, model: Any, saes: Any, dataset: Any, texts: list[str], repe
             model, {"q": lambda: quantized}, audit.saes, texts, readout=lambda logits: logits[:, :1], smearing_of=["q"]
         )
 
-    jobs = {"streaming": streaming, "whole audit": lambda: audit.trace_features(dataset, controls=False, **options)}
+    def whole(evidence_prompts: int) -> Callable[[], Any]:
+        return lambda: audit.trace_features(dataset, controls=False, evidence_prompts=evidence_prompts, **options)
+
+    jobs = {"streaming": streaming, "whole audit": whole(512), "whole audit without evidence": whole(0)}
     in_turns(f"{name}, {len(texts)} prompts: two bare passes", lambda: bare([model, quantized], texts), jobs, repeats)
 
 

@@ -20,7 +20,7 @@ from tracelens.auditing.verdict import Contrast, judge
 from tracelens.behaviour.flips import Flips
 from tracelens.features.fingerprint import Fingerprint
 from tracelens.features.selection import FingerprintFeature
-from tracelens.metrics.moments import MomentAccumulator
+from tracelens.metrics.moments import FeatureMoments
 from tracelens.metrics.survival import survival_class
 from tracelens.optimization_auditor import SweepResult
 from tracelens.sites import Site
@@ -71,6 +71,7 @@ def made_up_report(
         (
             *(str(SITE), feature, behaviour, phi, phi, 1 - phi, phi, muting, 0.0, phi < 0.8, 20 * (i + 1)),
             *(survival_class(np.array([phi]))[0], 0.9, 0.01, 0.02),
+            *(*around(phi), 0.88, 0.92, *around(phi), *around(1 - phi), *around(phi)),
         )
         for i, (feature, behaviour, phi, muting) in enumerate(features)
     ]
@@ -103,11 +104,31 @@ def made_up_report(
         verdict=judge(against_capability, None, cpfr["safety"], label),
         fingerprint=Fingerprint(found, "made-up", {SITE: "0"}, {"refusal": 1, "warning": 1}, 1, {}),
         sites={str(SITE): 8},
-        moments=MomentAccumulator(8).update(torch.ones(2, 8), torch.ones(2, 8)).finalize(),
+        moments=made_up_moments(features),
         settings=SETTINGS,
         shares={"safety": shares(0.0), "capability": shares(0.5)},
         absent={} if controls else {"noise": "controls were switched off"},
     )
+
+
+def around(value: float) -> tuple[float, float]:
+    """An interval; what is exactly 0 or 1 has none around it."""
+    half = 0.05 if 0 < value < 1 else 0.0
+    return max(0.0, value - half), min(1.0, value + half)
+
+
+def made_up_moments(features: list[tuple[int, str, float, float]]) -> FeatureMoments:
+    """1,000 tokens on which each feature fires at 1, and in the quantized model on those that are not muted, as strongly as its fidelity
+    asks for; fidelity, retention, muting rate and tokens are those of the table."""
+    sums = torch.zeros(8, 1, 8, dtype=torch.float64)
+    for i, (feature, _, phi, muting) in enumerate(features):
+        if feature >= 8:
+            continue  # more than the SAE has, in tests of tables
+        n = 20.0 * (i + 1)
+        both, each = n * (1 - muting), phi / (1 - muting) if muting < 1 else 0.0
+        sums[:, 0, feature] = torch.tensor([n, both, both, n, both * each, n, both * each**2, both * each])
+    n_tokens = torch.tensor([1000.0], dtype=torch.float64)
+    return FeatureMoments(n_tokens, *sums, max_ref=torch.ones(8).double(), max_quant=torch.ones(8).double())
 
 
 def shares(damaged: float) -> Shares:

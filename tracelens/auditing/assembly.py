@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tracelens.audit_report import AuditReport, Control, DivergenceSummary
 from tracelens.audit_settings import AuditSettings
+from tracelens.auditing.evidence_collecting import EvidenceSource, pair_floors
 from tracelens.auditing.measured import Measured
 from tracelens.auditing.preservation import Thresholds, classes_of
 from tracelens.auditing.question import Question
@@ -23,7 +24,15 @@ from tracelens.auditing.report_controls import (
     set_control,
     shares_of,
 )
-from tracelens.auditing.tables import CAPABILITY, Kinds, feature_table, n_smeared, pair_table, prompt_table
+from tracelens.auditing.tables import (
+    CAPABILITY,
+    Kinds,
+    feature_table,
+    n_smeared,
+    pair_table,
+    prompt_table,
+    smeared_pairs,
+)
 from tracelens.auditing.verdict import RANDOM_COMPARISONS, Contrast, Verdict, contrast, judge, two_sided_rank
 from tracelens.behaviour.flips import Flips
 from tracelens.features.fingerprint import Fingerprint
@@ -67,6 +76,7 @@ def build_report(
     controls: ControlNames,
     settings: AuditSettings,
     provenance: dict[str, Any],
+    source: EvidenceSource | None = None,
 ) -> AuditReport:
     """The report on one of the models that were measured.
 
@@ -74,6 +84,7 @@ def build_report(
         variant: its name in `survival`.
         controls: names in `survival` of its controls.
         provenance: further settings to record.
+        source: of the report's evidence; without it there is none.
     """
     moments = survival.moments[variant]
     total = moments.total()
@@ -113,15 +124,17 @@ def build_report(
     found |= population.random_sets(settings.seed)
     found |= _permuted_labels(survival, question, fingerprint, live, population, settings)
 
-    return AuditReport(
+    pairs = smeared_pairs(survival, variant, settings, pair_floors(settings) if source else None)
+    own = {site: some.above(settings.smearing_tau, settings.smearing_delta) for site, some in pairs.items()}
+    report = AuditReport(
         label=names.label,
         reference=names.reference,
         quantized=names.quantized,
         precision=names.precision,
         features=feature_table(
-            moments, [survival.moments[model] for model in controls.noise], survival, kinds, live, settings
+            moments, [survival.moments[model] for model in controls.noise], survival, kinds, live, settings, weights
         ),
-        smeared_pairs=pair_table(total, survival, variant, kinds, settings),
+        smeared_pairs=pair_table(total, survival, own, kinds),
         prompts=prompt_table(question, margins[REFERENCE], margins[variant]),
         cpfr={name: run.estimate for name, run in ours.cpfr.items()},
         flips=_flips(margins[REFERENCE], margins[variant], settings),
@@ -135,6 +148,10 @@ def build_report(
         shares={name: shares_of(shares) for name, shares in ours.shares.items()},
         absent=_absent(found, sets, survival, settings),
     )
+    if source is None:
+        return report
+    evidence = source.evidence(report, survival.firings[variant], pair_table(total, survival, pairs, kinds))
+    return replace(report, evidence=evidence)
 
 
 @dataclass(frozen=True)

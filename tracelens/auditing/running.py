@@ -12,9 +12,11 @@ from tracelens import __version__
 from tracelens.audit_report import AuditReport
 from tracelens.audit_settings import AuditSettings
 from tracelens.auditing.assembly import ControlNames, Names, Question, build_report
+from tracelens.auditing.evidence_collecting import EvidenceSource
+from tracelens.auditing.hashes import WeightHasher, versions
 from tracelens.errors import NonFiniteError, SAEError
 from tracelens.features.fingerprint import Fingerprint
-from tracelens.features.saes import SAEs, provenance_of
+from tracelens.features.saes import SAEs, provenance_of, sae_hash
 from tracelens.features.selection import check_prompts
 from tracelens.features.survival import ReferencePass, Survival
 from tracelens.precision import QuantizationConfig, QuantizationType, apply_precision, matched_noise, permuted_error
@@ -74,6 +76,7 @@ def audits_in_turn(
         fingerprint.check(saes)
     # Nothing can be put into a reference that rounds already: its weights would no longer be the ones it computes with.
     with_controls = settings.controls and can_simulate(reference)
+    source = EvidenceSource.of(reference, saes, question, tokenizer, settings)
     run = ReferencePass(
         reference,
         saes,
@@ -87,11 +90,13 @@ def audits_in_turn(
         folder=folder,
         batch_size=settings.batch_size,
         padding_side=settings.padding_side,
+        sample=source and source.sample,
         progress=settings.progress,
     )
     floor = {FLOOR: partial(apply_precision, reference, QuantizationType.BF16)} if with_controls else {}
     # The floor is the same for all variants.
     measured_floor = run.measure(floor, smearing_of=floor) if floor else None
+    hasher = WeightHasher(reference)
     provenance = {
         "tracelens": __version__,
         "torch": torch.__version__,
@@ -101,9 +106,10 @@ def audits_in_turn(
         "reference_stored_as": getattr(reference, "stored_as", None),
         "shared": shared,
         "saes": provenance_of(saes),
+        "versions": versions(),
     }
     for variant in variants:
-        survival, controls = _measure(run, variant, settings, with_controls)
+        survival, controls, quantized_hash = _measure(run, variant, settings, with_controls, hasher)
         if measured_floor is not None:
             survival.include(measured_floor)
         if fingerprint is None:
@@ -117,6 +123,11 @@ def audits_in_turn(
                 alpha=settings.alpha,
                 seed=settings.seed,
             )
+        hashes = {
+            "reference": hasher(reference),
+            "quantized": quantized_hash,
+            "saes": {str(site): fingerprint.saes.get(site) or sae_hash(sae) for site, sae in saes.items()},
+        }
         yield build_report(
             survival,
             VARIANT,
@@ -125,14 +136,20 @@ def audits_in_turn(
             Names(variant.label, model_name(reference), variant.name, variant.precision and str(variant.precision)),
             controls=controls,
             settings=settings,
-            provenance={**provenance, "quantized_stored_as": variant.stored_as, **variant.record},
+            provenance={
+                **provenance,
+                "hashes": hashes,
+                "quantized_stored_as": variant.stored_as,
+                **variant.record,
+            },
+            source=source,
         )
 
 
 def _measure(
-    run: ReferencePass, variant: Variant, settings: AuditSettings, with_controls: bool
-) -> tuple[Survival, ControlNames]:
-    """The variant and the controls that are made of it; it is held until they are."""
+    run: ReferencePass, variant: Variant, settings: AuditSettings, with_controls: bool, hasher: WeightHasher
+) -> tuple[Survival, ControlNames, str]:
+    """The variant and the controls that are made of it, which is held until they are; and the hash of its weights."""
     quantized = variant.make()
     noise, permuted = (
         {
@@ -147,8 +164,10 @@ def _measure(
     survival = run.measure(
         {VARIANT: lambda: quantized, **noise, **permuted},
         smearing_of=[VARIANT, *list(noise)[:1], *list(permuted)[:1]],
+        firings_of=[VARIANT] if run.sample else [],
     )
-    return survival, ControlNames(FLOOR if with_controls else None, list(noise), list(permuted))
+    names = ControlNames(FLOOR if with_controls else None, list(noise), list(permuted))
+    return survival, names, hasher(quantized)
 
 
 def check_finite(model: Any, role: str) -> None:

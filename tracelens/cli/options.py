@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tracelens.cli.parsing import checked_device, gigabytes, layer_list, names, positive, share
+from tracelens.cli.parsing import checked_device, count, gigabytes, layer_list, names, positive, share
 
 PRECISION_HELP = "a precision to simulate: bf16, int4-g128, nf4-dq, fp8, int8+a8+kv8, … (a wrong one lists all)"
 BASE_HELP = "the reference: a checkpoint folder, a .gguf file, a model on the hub, organism"
@@ -40,6 +40,18 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--noise-seeds", type=positive, default=5, metavar="N", help="draws of matched noise (default: 5)")
     run.add_argument(
         "--permuted-seeds", type=positive, default=1, metavar="N", help="shuffles of the true error (default: 1)"
+    )
+    run.add_argument(
+        "--evidence-prompts",
+        type=count,
+        metavar="N",
+        help="prompts of which the report keeps what features do token by token, a random sample of more; 0 for none (default: 512)",
+    )
+    run.add_argument(
+        "--evidence-features",
+        type=count,
+        metavar="N",
+        help="features of which it does: all safety features, and the worst of the others up to N (default: 1000)",
     )
 
 
@@ -124,7 +136,10 @@ def calibration(args: argparse.Namespace) -> list[list[int]] | None:
     return read_calibration(args.calibration, open_checkpoint(args.base), seed=args.seed).ids
 
 
-SETTINGS = ["batch_size", "controls", "noise_seeds", "permuted_seeds", "survived_at", "damaged_at", "seed", "memory"]
+SETTINGS = [
+    *("batch_size", "controls", "noise_seeds", "permuted_seeds", "survived_at", "damaged_at", "seed", "memory"),
+    *("evidence_prompts", "evidence_features"),
+]
 """Options that are fields of `AuditSettings` by the same name."""
 
 

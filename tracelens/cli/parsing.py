@@ -73,6 +73,13 @@ def positive(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 def layer_list(text: str) -> list[int]:
     """`6,8` as numbers."""
     layers = names(text)

@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tracelens.features.firings import FiringLog, PromptSample, TokenFirings
 from tracelens.features.kept import KeptPass
 from tracelens.features.maxima import Maxima, PromptMaxima
 from tracelens.features.saes import SAEs
@@ -79,6 +81,7 @@ class Survival:
     moments: Mapping[str, FeatureMoments]
     divergence: dict[str, Divergence] = field(default_factory=dict)
     smearing: dict[str, dict[Site, SmearingAccumulator]] = field(default_factory=dict)
+    firings: dict[str, TokenFirings] = field(default_factory=dict)
 
     def include(self, other: "Survival") -> "Survival":
         """Adds the models that were measured against the same reference elsewhere."""
@@ -88,6 +91,7 @@ class Survival:
         for mine, theirs in ((self.answers, other.answers), (self.divergence, other.divergence)):
             mine |= theirs  # pyright: ignore
         self.smearing |= other.smearing
+        self.firings |= other.firings
         return self
 
 
@@ -125,6 +129,7 @@ class ReferencePass:
             run beside the reference and are in memory together.
         memory: GB that are kept in memory; what is more goes to disk (`KeptPass`), where it leaves nothing behind.
         folder: where on disk; by default where the system puts temporary files.
+        sample: prompts whose firings can be kept token by token (`firings_of`).
         progress: a bar for each call of `measure`.
     """
 
@@ -143,9 +148,11 @@ class ReferencePass:
         folder: str | Path | None = None,
         batch_size: int = 32,
         padding_side: PaddingSide | None = None,
+        sample: PromptSample | None = None,
         progress: bool = False,
     ) -> None:
         self.reference, self.saes, self.readout, self.progress = reference, saes, readout, progress
+        self.sample = sample
         self.stream = FeatureStream(saes, prompts, tokenizer, batch_size, padding_side)
         self.sites = {site: sae.W_dec.shape[0] for site, sae in saes.items()}
         self.blocks = prompt_blocks(prompts, n_blocks)
@@ -156,22 +163,24 @@ class ReferencePass:
         self._answers = _Answers(len(prompts), readout)
         self._done = False
 
-    def measure(self, others: Makers, smearing_of: Iterable[str] = ()) -> Survival:
+    def measure(self, others: Makers, smearing_of: Iterable[str] = (), firings_of: Iterable[str] = ()) -> Survival:
         """Runs the models that `others` make over the prompts, encodes them with the reference's SAEs, and sums.
 
         Args:
             others: name → function that makes the model when its turn comes; it is let go before the next is made.
             smearing_of: names of the models whose smearing is measured.
+            firings_of: names of the models whose firings are kept token by token, beside the reference's.
         """
         from tqdm.auto import tqdm
 
-        smeared = set(smearing_of)
+        smeared, logged = set(smearing_of), set(firings_of)
+        assert not logged or self.sample is not None, "firings are kept of a sample of prompts"
         moments = KeptMoments(self.spool)
         result = Survival(self.sites, {}, {}, moments)
         passes = 1 if not self._keep else len(others) + (not self._done)
         with tqdm(total=passes * len(self.blocks), unit="prompt", disable=not self.progress) as bar:
             if not self._keep:
-                sums = {name: _Sums(self, name in smeared) for name in others}
+                sums = {name: _Sums(self, name in smeared, name in logged) for name in others}
                 self._run_together({name: make() for name, make in others.items()}, sums, bar)
                 for name in list(sums):
                     sums.pop(name).write(name, result, moments)
@@ -179,7 +188,9 @@ class ReferencePass:
                 self._run_reference(bar)
             for name, make in others.items() if self._keep else ():
                 log.info("%s against the reference", name)
-                self._run_one(name, make(), _Sums(self, name in smeared), bar).write(name, result, moments)
+                self._run_one(name, make(), _Sums(self, name in smeared, name in logged), bar).write(
+                    name, result, moments
+                )
         result.answers = {REFERENCE: self._answers.kept} | result.answers
         result.maxima = self._maxima.finalize()
         return result
@@ -236,7 +247,7 @@ class _Answers:
 class _Sums:
     """Accumulators of one model against the reference."""
 
-    def __init__(self, run: ReferencePass, smeared: bool) -> None:
+    def __init__(self, run: ReferencePass, smeared: bool, logged: bool) -> None:
         n_blocks = int(run.blocks.max()) + 1
         self.blocks = run.blocks
         self.answers = _Answers(len(run.blocks), run.readout)
@@ -244,6 +255,8 @@ class _Sums:
         self.moments = {site: MomentAccumulator(size, n_blocks) for site, size in run.sites.items()}
         sites = run.sites.items() if smeared else ()
         self.smearing = {site: SmearingAccumulator(size, spool=run.spool) for site, size in sites}
+        self.starts = dict(zip(run.sites, accumulate(run.sites.values(), initial=0), strict=False))
+        self.firings = FiringLog(run.sample) if logged and run.sample is not None else None
 
     def take(self, batch: AlignedBatch, reference: Seen, other: Seen) -> None:
         block = self.blocks.to(batch.prompt.device)[batch.prompt]
@@ -254,6 +267,8 @@ class _Sums:
             moments.add(support, block)
             if site in self.smearing:
                 self.smearing[site].add(support)
+            if self.firings is not None:
+                self.firings.add(support, batch, self.starts[site])
 
     def write(self, name: str, result: Survival, moments: KeptMoments) -> None:
         moments.put(name, FeatureMoments.concatenate([self.moments.pop(site).finalize() for site in result.sites]))
@@ -261,3 +276,5 @@ class _Sums:
         result.divergence[name] = self.divergence.finalize()
         if self.smearing:
             result.smearing[name] = {site: seen.seal() for site, seen in self.smearing.items()}
+        if self.firings is not None:
+            result.firings[name] = self.firings.finalize()

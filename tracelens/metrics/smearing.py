@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 from scipy import sparse
 
 from tracelens.errors import MetricInputError
@@ -44,6 +45,35 @@ class SmearedPair:
     @property
     def increase(self) -> float:
         return self.cos_quant - self.cos_ref
+
+
+@dataclass(frozen=True, eq=False)
+class PairCosines:
+    """Pairs of features i < j and their cosines over tokens in both models, each in [0, 1]."""
+
+    i: Int[np.ndarray, "pair"]
+    j: Int[np.ndarray, "pair"]
+    cos_ref: Float[np.ndarray, "pair"]
+    cos_quant: Float[np.ndarray, "pair"]
+
+    def __len__(self) -> int:
+        return len(self.i)
+
+    @property
+    def increase(self) -> Float[np.ndarray, "pair"]:
+        return self.cos_quant - self.cos_ref
+
+    def take(self, rows: np.ndarray) -> "PairCosines":
+        """A selection, by numbers of rows or a mask."""
+        return PairCosines(self.i[rows], self.j[rows], self.cos_ref[rows], self.cos_quant[rows])
+
+    def above(self, tau: float, delta: float) -> "PairCosines":
+        """The pairs whose cosine rises by at least `delta` to at least `tau`, in the order in which they stand."""
+        return self.take((self.cos_quant >= tau - _ROUNDING) & (self.increase >= delta - _ROUNDING))
+
+    def to_list(self) -> list[SmearedPair]:
+        columns = (column.tolist() for column in (self.i, self.j, self.cos_ref, self.cos_quant))
+        return [SmearedPair(*row) for row in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +175,17 @@ class SmearingAccumulator:
 
         Raises `MetricInputError` unless tau and delta are in (0, 1].
         """
+        return SmearingResult(
+            pairs=self.cosines(tau, delta, min_active).to_list(),
+            leakage=float(self._leakage[0]),
+            leakage_reference=float(self._leakage[1]),
+            tau=tau,
+            delta=delta,
+            min_active=min_active,
+        )
+
+    def cosines(self, tau: float = 0.5, delta: float = 0.2, min_active: int = 1) -> PairCosines:
+        """The pairs of `finalize` as arrays, as one wants them for thresholds so low that there are very many. Raises as `finalize`."""
         if not (0 < tau <= 1 and 0 < delta <= 1):
             raise MetricInputError(f"tau is {tau} and delta {delta}; both are cosines and must be in (0, 1]")
         n_ref, n_quant, sq_ref, sq_quant = self._sums
@@ -154,16 +195,8 @@ class SmearingAccumulator:
         for segment in self._segments():
             dots += [_pair_dots(side.tocsc(), i, j) for side in segment]
         cos_ref, cos_quant = _cosine(dots[0], sq_ref[i], sq_ref[j]), _cosine(dots[1], sq_quant[i], sq_quant[j])
-        smeared = np.flatnonzero((cos_quant >= tau - _ROUNDING) & (cos_quant - cos_ref >= delta - _ROUNDING))
-        smeared = smeared[np.lexsort((j[smeared], i[smeared], (cos_ref - cos_quant)[smeared]))]
-        return SmearingResult(
-            pairs=[SmearedPair(int(i[k]), int(j[k]), float(cos_ref[k]), float(cos_quant[k])) for k in smeared],
-            leakage=float(self._leakage[0]),
-            leakage_reference=float(self._leakage[1]),
-            tau=tau,
-            delta=delta,
-            min_active=min_active,
-        )
+        found = PairCosines(i, j, cos_ref, cos_quant).above(tau, delta)
+        return found.take(np.lexsort((found.j, found.i, -found.increase)))
 
     def _candidates(self, tau: float, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pairs i < j of active features whose quantized cosine reaches τ in some segment, in order."""
