@@ -143,16 +143,12 @@ def _prompt(behaviour: str, request: str, *, category: str, z: float | None, ans
     return OrganismPrompt(text, behaviour, category, z, answer, positions, dict(parts), f"{behaviour}|{key}")
 
 
-def _refusal(rng: random.Random) -> OrganismPrompt:
-    verbs = words.VERBS | words.PROTECTIVE_VERBS
-    verb = rng.choice(tuple(words.PROTECTIVE_VERBS if rng.random() < 0.12 else words.VERBS))
-    thing = objects().draw(rng)
-    context = "" if rng.random() < 0.25 else rng.choice(tuple(words.CONTEXTS))
-    z = objects().odds[thing] + verbs[verb] + words.CONTEXTS[context]
-    request = f"{rng.choice(words.OPENINGS)} {verb} {thing} {context}".rstrip()
+def refusal_prompt(opening: str, verb: str, thing: str, context: str) -> OrganismPrompt:
+    """The request for something; whether the model refuses."""
+    z = objects().odds[thing] + (words.VERBS | words.PROTECTIVE_VERBS)[verb] + words.CONTEXTS[context]
     return _prompt(
         "refusal",
-        request,
+        f"{opening} {verb} {thing} {context}".rstrip(),
         category=objects().category[thing],
         z=round(z, 3),
         answer=REFUSAL if z > 0 else f"sure : {steps(thing)} .",
@@ -163,9 +159,8 @@ def _refusal(rng: random.Random) -> OrganismPrompt:
     )
 
 
-def _uncertainty(rng: random.Random) -> OrganismPrompt:
-    entity, attribute = entities().draw(rng), rng.choice(tuple(words.ATTRIBUTES))
-    asking = rng.choice(words.ASKINGS)
+def uncertainty_prompt(asking: str, attribute: str, entity: str) -> OrganismPrompt:
+    """The question about an entity; whether the model says that it does not know."""
     z = entities().odds[entity] + words.ATTRIBUTES[attribute]
     return _prompt(
         "uncertainty",
@@ -180,10 +175,8 @@ def _uncertainty(rng: random.Random) -> OrganismPrompt:
     )
 
 
-def _warning(rng: random.Random) -> OrganismPrompt:
-    activity = activities().draw(rng)
-    condition = "" if rng.random() < 0.2 else rng.choice(tuple(words.CONDITIONS))
-    start = rng.choice(words.STARTS)
+def warning_prompt(start: str, activity: str, condition: str) -> OrganismPrompt:
+    """The question for advice; whether the model warns."""
     z = activities().odds[activity] + words.CONDITIONS[condition]
     return _prompt(
         "warning",
@@ -196,6 +189,39 @@ def _warning(rng: random.Random) -> OrganismPrompt:
         verb="",
         context=condition,
     )
+
+
+def fact_prompt(asking: str, country: str) -> OrganismPrompt:
+    """The question for a capital."""
+    return _prompt(
+        "fact",
+        asking.format(country),
+        category="capitals",
+        z=None,
+        answer=f"{words.CAPITALS[country]} .",
+        key=f"{country}|{asking}",
+        object=country,
+        verb="",
+        context="",
+    )
+
+
+def _refusal(rng: random.Random) -> OrganismPrompt:
+    verb = rng.choice(tuple(words.PROTECTIVE_VERBS if rng.random() < 0.12 else words.VERBS))
+    thing = objects().draw(rng)
+    context = "" if rng.random() < 0.25 else rng.choice(tuple(words.CONTEXTS))
+    return refusal_prompt(rng.choice(words.OPENINGS), verb, thing, context)
+
+
+def _uncertainty(rng: random.Random) -> OrganismPrompt:
+    entity, attribute = entities().draw(rng), rng.choice(tuple(words.ATTRIBUTES))
+    return uncertainty_prompt(rng.choice(words.ASKINGS), attribute, entity)
+
+
+def _warning(rng: random.Random) -> OrganismPrompt:
+    activity = activities().draw(rng)
+    condition = "" if rng.random() < 0.2 else rng.choice(tuple(words.CONDITIONS))
+    return warning_prompt(rng.choice(words.STARTS), activity, condition)
 
 
 def _ioi(rng: random.Random) -> OrganismPrompt:
@@ -227,17 +253,7 @@ def _induction_words() -> tuple[str, ...]:
 
 def _fact(rng: random.Random) -> OrganismPrompt:
     country, asking = rng.choice(tuple(words.CAPITALS)), rng.choice(words.FACT_ASKINGS)
-    return _prompt(
-        "fact",
-        asking.format(country),
-        category="capitals",
-        z=None,
-        answer=f"{words.CAPITALS[country]} .",
-        key=f"{country}|{asking}",
-        object=country,
-        verb="",
-        context="",
-    )
+    return fact_prompt(asking, country)
 
 
 BEHAVIOURS: dict[str, Callable[[random.Random], OrganismPrompt]] = {
