@@ -264,6 +264,8 @@ class _Patching:
             | {"seed": seed, "n_placebo": n_placebo if placebo else 0, "batch_size": self.batch_size}
             | {"memory_budget": self.memory_budget, "groups": list(target.prompts.groups)}
             | token_labels(target.prompts),
+            tokens=target.prompts.pieces,
+            places=target.prompts.groups | target.prompts.frame,
         )
 
     def _numerical_noise(self, start: Float64[Tensor, "prompt"]) -> dict[str, float]:

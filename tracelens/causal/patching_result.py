@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,8 @@ from tracelens.stats import Estimate, benjamini_hochberg
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
+    from tracelens.views.widgets.patching import PatchingExplorer
 
 KIND = "tracelens_patching"
 VERSION = 1
@@ -55,6 +57,8 @@ class PatchingResult:
         prompts: the texts, for hover and for `per_prompt`.
         min_difference: prompts whose |goal − start| is less are counted, and left out of normalised effects.
         settings: what the models and the sweep were.
+        tokens: the text of each prompt's tokens; empty where they have none.
+        places: group → the positions of each prompt that are meant by it; empty where a prompt has none.
     """
 
     direction: str
@@ -71,6 +75,8 @@ class PatchingResult:
     prompts: tuple[str, ...] = field(default=(), repr=False)
     min_difference: float = MIN_DIFFERENCE
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
+    tokens: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+    places: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         shape = (len(self.rows), len(self.start))
@@ -148,6 +154,12 @@ class PatchingResult:
 
         return patching_figure(self, **options)
 
+    def explore(self) -> "PatchingExplorer":
+        """A widget to look around in: the effects, and each one's prompts and interval."""
+        from tracelens.views.widgets.patching import PatchingExplorer
+
+        return PatchingExplorer(self)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it: the fields, metrics as lists, and `n_undetermined`."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -183,7 +195,10 @@ class PatchingResult:
                 raise ResultFileError(f"{path} is of version {found}; this Tracelens reads version {VERSION}")
             known = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             many = {name: tuple(data.pop(name)) for name in ("rows", "axes", "prompts")}
-            return cls(**data, **many, **known)
+            # Files of before these were kept have none.
+            many["tokens"] = _nested(data.pop("tokens", ()))
+            places = {name: _nested(rows) for name, rows in data.pop("places", {}).items()}
+            return cls(**data, **many, **known, places=places)
 
     def _effects(self, patched: Tensor, **options: Any) -> Effects:
         options |= {"min_difference": self.min_difference}
@@ -234,6 +249,10 @@ def row_of(arm: Arm, **more: Any) -> Row:
 def of_pair(pair: Any) -> dict[str, Any]:
     """What settings say of a pair: what the two models share, and the quantized one's precision, "" where it carries none."""
     return {"pair": pair.settings, "precision": getattr(getattr(pair.quantized, "precision", None), "label", "")}
+
+
+def _nested(rows: Iterable[Iterable[Any]]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(map(tuple, rows))
 
 
 def _replaced(estimates: Sequence[Estimate], arms: Tensor, new: Sequence[Estimate]) -> list[Estimate]:

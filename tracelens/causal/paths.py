@@ -194,6 +194,8 @@ class _PathPatching:
             | {name: self.limits[name] for name in ("batch_size", "memory_budget")}
             | {"groups": list(target.prompts.groups)}
             | token_labels(target.prompts),
+            tokens=target.prompts.pieces,
+            places=target.prompts.groups | target.prompts.frame,
         )
 
     def _runner(self, name: str) -> ArmRunner:
