@@ -89,3 +89,11 @@ class MemoryBudgetError(TracelensError, MemoryError):
 
 class PlanError(TracelensError, ValueError):
     """A plan of what to keep in 16 bit that cannot be made, exported or carried out."""
+
+
+class ExportError(TracelensError, RuntimeError):
+    """A figure that cannot be written as a picture: kaleido or its browser is missing, or fails."""
+
+
+class MissingLibraryError(TracelensError, ImportError):
+    """A library that draws something is not installed, or not whole."""

@@ -1,12 +1,12 @@
 """Figures of attribution: the drift-weighted bound beside what happened, and what weights account for."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from tracelens.stats import Estimate
+from tracelens.views.escaping import in_figure
 from tracelens.views.numbers import interval, percent
-from tracelens.views.style import CAPABILITY, CONTROL, REFERENCE, SAFETY, dressed
+from tracelens.views.style import AWAY, CONTROL, REFERENCE, SERIES, TOWARDS, dressed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from tracelens.causal.attribution_result import WeightAttribution
     from tracelens.causal.bound_result import DriftBound, DriftBounds
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#6A4C93", "#6B4423")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
-LESS, MORE = SAFETY, CAPABILITY
+LESS, MORE = AWAY, TOWARDS
 """Of the metric: what lowers it, what raises it."""
 SIGNED = [[0, LESS], [0.5, "#F7F7F7"], [1, MORE]]
 ORDER = (
@@ -70,10 +69,10 @@ def bound_figure(bounds: "DriftBounds", *, kind: Any = "elementwise") -> "go.Fig
                 x=x,
                 y=y,
                 mode="markers",
-                name=f"{escape(name)} ({share})",
+                name=f"{in_figure(name)} ({share})",
                 marker=_marker(number) | {"size": 7, "opacity": 0.75, "line_width": 0},
                 text=[_short(text) for text in texts],
-                hovertemplate=f"{escape(name)}<br>%{{text}}<br>bound %{{x:.3g}}, measured %{{y:.3g}}<extra></extra>",
+                hovertemplate=f"{in_figure(name)}<br>%{{text}}<br>bound %{{x:.3g}}, measured %{{y:.3g}}<extra></extra>",
             )
         )
     if ends:
@@ -92,9 +91,9 @@ def bound_figure(bounds: "DriftBounds", *, kind: Any = "elementwise") -> "go.Fig
     else:
         _nothing(figure)
     first = next(iter(bounds.values()))
-    unit = f" ({first.unit})" if first.unit else ""
+    unit = f" ({in_figure(first.unit)})" if first.unit else ""
     figure.update_xaxes(type="log", dtick=1, title_text=f"{KINDS[kind]}{unit}")
-    figure.update_yaxes(type="log", dtick=1, title_text=f"|Δ {escape(first.metric)}|{unit}")
+    figure.update_yaxes(type="log", dtick=1, title_text=f"|Δ {in_figure(first.metric)}|{unit}")
     subtitle = (
         f"{len(first.components)} components, {first.errors} errors, gradient at the reference; a point is a prompt. "
         f"{_looseness(bounds, kind)}"
@@ -114,7 +113,7 @@ def carriers_figure(bound: "DriftBound", *, top: int = 30) -> "go.Figure":
     names = table["component"].tolist()
     for column, title, colour, symbol in (
         ("elementwise", "Σ |∇| |δ|: what it could move", REFERENCE, "circle"),
-        ("signed", "Σ ∇ · δ: what it is predicted to move", SAFETY, "diamond"),
+        ("signed", "Σ ∇ · δ: what it is predicted to move", SERIES[5], "diamond"),
     ):
         figure.add_trace(
             go.Scatter(
@@ -129,13 +128,13 @@ def carriers_figure(bound: "DriftBound", *, top: int = 30) -> "go.Figure":
                 hovertemplate="%{y}<br>%{text}<br>%{customdata} % of the bound<extra></extra>",
             )
         )
-    unit = f" ({bound.unit})" if bound.unit else ""
+    unit = f" ({in_figure(bound.unit)})" if bound.unit else ""
     figure.update_xaxes(title_text=f"mean over prompts{unit}", zeroline=True, zerolinecolor=REFERENCE)
     figure.update_yaxes(autorange="reversed", type="category", dtick=1)
     more = f", the {top} largest shown" if len(bound.components) > top else ""
     subtitle = f"{len(bound.components)} components{more}; {bound.errors} errors; 95 % intervals over {len(bound.reference)} prompts."
     height = 200 + 20 * len(names)
-    return dressed(figure, f"What carries the bound in {escape(bound.label)}", subtitle, height, legend_rows=1)
+    return dressed(figure, f"What carries the bound in {in_figure(bound.label)}", subtitle, height, legend_rows=1)
 
 
 def attribution_figure(attribution: "WeightAttribution", *, value: Any = "first_order") -> "go.Figure":
@@ -157,11 +156,13 @@ def attribution_figure(attribution: "WeightAttribution", *, value: Any = "first_
         [sum(row[value] for row in cells[layer, kind]) if (layer, kind) in cells else None for kind in kinds]
         for layer in layers
     ]
-    texts = [[_cell(cells.get((layer, kind), []), value, attribution.unit) for kind in kinds] for layer in layers]
+    texts = [
+        [_cell(cells.get((layer, kind), []), value, in_figure(attribution.unit)) for kind in kinds] for layer in layers
+    ]
     most = max((abs(v) for line in z for v in line if v is not None and v == v), default=0) or 1
     figure = go.Figure(
         go.Heatmap(
-            x=kinds,
+            x=[in_figure(kind) for kind in kinds],
             y=layers,
             z=z,
             zmin=-most,
@@ -171,22 +172,22 @@ def attribution_figure(attribution: "WeightAttribution", *, value: Any = "first_
             hovertemplate="%{text}<extra></extra>",
             xgap=2,
             ygap=2,
-            colorbar={"title": {"text": attribution.unit, "side": "top"}, "thickness": 14},
+            colorbar={"title": {"text": in_figure(attribution.unit), "side": "top"}, "thickness": 14},
         )
     )
     for layer in layers:
         for kind in kinds:
             rows = cells.get((layer, kind), [])
             if len(rows) == 1 and _stands_out(rows[0], value):
-                figure.add_annotation(x=kind, y=layer, text="•", bgcolor="rgba(0,0,0,0)")
+                figure.add_annotation(x=in_figure(kind), y=layer, text="•", bgcolor="rgba(0,0,0,0)")
     if not attribution.change.any() and not attribution.first_order.any():
         _nothing(figure)
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_yaxes(title_text="layer", type="category", autorange="reversed", showgrid=False)
     found = attribution.summary
     what = {
-        "first_order": f"Change of the {attribution.metric} that each matrix accounts for",
-        "change": f"What restoring each matrix should bring back of the {attribution.metric}",
+        "first_order": f"Change of the {in_figure(attribution.metric)} that each matrix accounts for",
+        "change": f"What restoring each matrix should bring back of the {in_figure(attribution.metric)}",
     }[value]
     dots = {
         "first_order": "Dots: the 95 % interval over prompts leaves out 0.",
@@ -197,7 +198,7 @@ def attribution_figure(attribution: "WeightAttribution", *, value: Any = "first_
         f"First order, gradient at {_end(attribution.at)}; {change.n} prompts. Mean change {interval(change)}, accounted for "
         f"{interval(total)} (over prompts r = {found['pearson']:.2f}). {dots}"
     )
-    return dressed(figure, escape(what), subtitle, max(330, 190 + 26 * len(layers)))
+    return dressed(figure, what, subtitle, max(330, 190 + 26 * len(layers)))
 
 
 def check_figure(check: "AttributionCheck") -> "go.Figure":
@@ -210,7 +211,7 @@ def check_figure(check: "AttributionCheck") -> "go.Figure":
     kinds = _kinds(table)
     for number, kind in enumerate(kinds):
         rows = table[table["kind"] == kind]
-        colour = COLOURS[number % len(COLOURS)]
+        colour = SERIES[number % len(SERIES)]
         ends += [
             float(rows[f"{name}_{end}"].agg(pick))
             for name in ("predicted", "exact")
@@ -221,12 +222,12 @@ def check_figure(check: "AttributionCheck") -> "go.Figure":
                 x=rows["predicted"],
                 y=rows["exact"],
                 mode="markers",
-                name=escape(kind),
+                name=in_figure(kind),
                 marker=_marker(number) | {"size": 9},
                 error_x=_errors(rows, "predicted", colour),
                 error_y=_errors(rows, "exact", colour),
                 text=[
-                    f"{escape(row['name'])}<br>predicted {_said(row, 'predicted')}<br>exact {_said(row, 'exact')}"
+                    f"{in_figure(row['name'])}<br>predicted {_said(row, 'predicted')}<br>exact {_said(row, 'exact')}"
                     for row in rows.to_dict("records")
                 ],
                 hovertemplate="%{text}<extra></extra>",
@@ -235,9 +236,9 @@ def check_figure(check: "AttributionCheck") -> "go.Figure":
     line = {"color": CONTROL["noise"], "width": 1.5, "dash": "dash"}
     span = [min(ends), max(ends)]
     figure.add_trace(go.Scatter(x=span, y=span, mode="lines", line=line, name="equal", hoverinfo="skip"))
-    unit = f" ({check.unit})" if check.unit else ""
+    unit = f" ({in_figure(check.unit)})" if check.unit else ""
     exact = {"restore": "restored alone, sign turned", "alone": "quantized alone"}[check.how]
-    figure.update_xaxes(title_text=f"predicted mean change of the {escape(check.metric)}{unit}")
+    figure.update_xaxes(title_text=f"predicted mean change of the {in_figure(check.metric)}{unit}")
     figure.update_yaxes(title_text=f"exact: {exact}{unit}")
     found = check.summary
     subtitle = (
@@ -261,7 +262,7 @@ def _stands_out(row: Mapping[str, Any], value: str) -> bool:
 
 def _looseness(bounds: Mapping[str, Any], kind: str) -> str:
     found = {name: one.summary(kind)["looseness"] for name, one in bounds.items()}
-    said = [f"{escape(name)} {e.value:.1f}" for name, e in found.items() if e.value == e.value]
+    said = [f"{in_figure(name)} {e.value:.1f}" for name, e in found.items() if e.value == e.value]
     return f"Bound over measured, of means: {', '.join(said)}." if said else ""
 
 
@@ -270,11 +271,11 @@ def _cell(rows: Sequence[Mapping[str, Any]], value: str, unit: str) -> str:
         return "the layer has no such matrix"
     if len(rows) == 1:
         row = rows[0]
-        told = f"{escape(row['name'])}<br>first order {_said(row, 'first_order')} {unit}"
+        told = f"{in_figure(row['name'])}<br>first order {_said(row, 'first_order')} {unit}"
         return f"{told}<br>towards the reference {_said(row, 'change')}, adjusted p {row['p_adjusted']:.3g}"
     largest = max(rows, key=lambda row: abs(row[value]))
     told = f"{len(rows)} matrices, sum {sum(row[value] for row in rows):.4f} {unit}"
-    return f"{told}<br>largest: {escape(largest['name'])} {_said(largest, value)}"
+    return f"{told}<br>largest: {in_figure(largest['name'])} {_said(largest, value)}"
 
 
 def _said(row: Mapping[str, Any], name: str) -> str:
@@ -298,11 +299,11 @@ def _errors(table: Any, name: str, colour: str) -> dict[str, Any]:
 
 
 def _marker(number: int) -> dict[str, Any]:
-    return {"color": COLOURS[number % len(COLOURS)], "symbol": SYMBOLS[number % len(SYMBOLS)]}
+    return {"color": SERIES[number % len(SERIES)], "symbol": SYMBOLS[number % len(SYMBOLS)]}
 
 
 def _short(text: str, length: int = 90) -> str:
-    return escape(text if len(text) <= length else text[: length - 1] + "…")
+    return in_figure(text if len(text) <= length else text[: length - 1] + "…")
 
 
 def _nothing(figure: "go.Figure") -> None:

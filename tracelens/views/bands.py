@@ -41,7 +41,7 @@ def row_bands(bands: list[tuple[float, float, Estimate]], control: str, title: s
     ]
 
 
-def column_bands(points: list[tuple[int, Estimate]], control: str, title: str) -> list["go.Scatter"]:
+def column_bands(points: list[tuple[int | float, Estimate]], control: str, title: str) -> list["go.Scatter"]:
     """A band between the ends of the control's intervals over the precisions, and a line through its values."""
     import plotly.graph_objects as go
 

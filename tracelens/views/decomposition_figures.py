@@ -1,17 +1,16 @@
 """Waterfalls of a decomposition: what each step changes of every metric."""
 
-from html import escape
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
-from tracelens.views.style import CONTROL, REFERENCE, dressed
+from tracelens.views.escaping import in_figure
+from tracelens.views.style import REFERENCE, STEP, dressed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from tracelens.studies.decomposition_result import Contribution, Decomposition
 
-STEP = {"compute": CONTROL["bf16"], "weights": "#88CCEE", "activations": "#999933", "kv_cache": "#CC6677"}
 TITLES = {"compute": "compute", "weights": "weights", "activations": "activations", "kv_cache": "KV cache"}
 METRICS = {
     "cpfr_safety": "CPFR, safety features",
@@ -22,6 +21,15 @@ METRICS = {
     "flips": "flipped decisions, share",
     "margin": "mean margin, nats",
 }
+UNITS = {
+    "cpfr_safety": "CPFR",
+    "cpfr_capability": "CPFR",
+    "survived": "share",
+    "kl": "nats per token",
+    "perplexity": "perplexity",
+    "flips": "share",
+    "margin": "nats",
+}
 COLUMNS, PANEL = 2, 230
 
 
@@ -31,7 +39,7 @@ def decomposition_figure(decomposition: "Decomposition") -> "go.Figure":
 
     metrics = [name for name in decomposition.metrics if not isnan(decomposition.start[name].value)]
     rows = max(1, -(-len(metrics) // COLUMNS))
-    titles = [escape(METRICS.get(name, name)) for name in metrics]
+    titles = [in_figure(METRICS.get(name, name)) for name in metrics]
     figure = make_subplots(
         rows=rows, cols=COLUMNS, subplot_titles=titles, vertical_spacing=0.28 / rows, horizontal_spacing=0.1
     )
@@ -44,10 +52,10 @@ def decomposition_figure(decomposition: "Decomposition") -> "go.Figure":
             figure.add_trace(_bar(step, before, found, show=i == 0), **place)
             ends += [found.value.value, before + found.change.low, before + found.change.high]
             before = found.value.value
-        figure.update_yaxes(range=_range(ends), **place)
+        figure.update_yaxes(range=_range(ends), title_text=UNITS.get(metric, metric), **place)
     if not metrics:
         figure.add_annotation(x=0.5, xref="paper", y=0.5, yref="paper", text="no metric could be measured")
-    title = f"What each step to {escape(decomposition.precision)} changes of {escape(decomposition.reference)}"
+    title = f"What each step to {in_figure(decomposition.precision)} changes of {in_figure(decomposition.reference)}"
     subtitle = (
         "Bars run from the value before a step to that after it; whiskers: 95 % intervals of the change over prompts."
     )

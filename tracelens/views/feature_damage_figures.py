@@ -1,15 +1,13 @@
 """Figure of the study of feature damage: survival, perplexity, overlap of damaged sets, and prediction, side by side."""
 
 from collections.abc import Callable, Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from tracelens.stats import Estimate
-from tracelens.views.style import CONTROL, translucent
+from tracelens.views.escaping import in_figure
+from tracelens.views.style import CONTROL, PREDICTOR, SECOND_PREDICTOR, SURVIVAL, translucent
 from tracelens.views.survival_figures import (
-    PREDICTOR,
     PREDICTORS,
-    SURVIVAL,
     class_bounds,
     draw_perplexity,
     draw_survival,
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
     from tracelens.studies.overlap import DamageOverlap
     from tracelens.studies.prediction import SurvivalPrediction
 
-SINGLE = {"mean": "#999933", "peak": PREDICTOR}
+SINGLE = {"mean": SECOND_PREDICTOR, "peak": PREDICTOR}
 """Colours of single predictors."""
 
 
@@ -47,7 +45,7 @@ def feature_damage_figure(study: "FeatureDamage") -> "go.Figure":
     _draw_overlaps(figure, study.overlaps, 1, 2)
     _draw_aucs(figure, study.predictions, 2, 2)
     n = int(study.curve.of("all")["n"].iloc[0])
-    title = f"Feature damage in {escape(study.curve.reference)}"
+    title = f"Feature damage in {in_figure(study.curve.reference)}"
     dressed = in_order(figure, title, f"{n} live features. {class_bounds(study.curve)} Bars: 95 % intervals.", 800)
     return dressed.update_layout(legend_y=-0.12, legend_yanchor="top", margin_b=110)  # panels have titles above
 
@@ -56,7 +54,7 @@ def _draw_overlaps(figure: "go.Figure", overlaps: "Sequence[DamageOverlap]", row
     import plotly.graph_objects as go
 
     where: Any = {"row": row, "col": col}
-    names = [f"{escape(o.label_a)} and<br>{escape(o.label_b)}" for o in overlaps]
+    names = [f"{in_figure(o.label_a)} and<br>{in_figure(o.label_b)}" for o in overlaps]
     bars = go.Bar(
         x=[o.jaccard.value for o in overlaps],
         y=names,
@@ -97,7 +95,7 @@ def _draw_aucs(figure: "go.Figure", predictions: "Sequence[SurvivalPrediction]",
         rows.append((f"{PREDICTORS[name]} alone", colour, [p.single.get(name, nothing) for p in predictions]))
     for name, colour, estimates in rows:
         figure.add_trace(line_of(x, estimates, name, colour), row=row, col=col)
-    labels = [escape(p.label) for p in predictions]
+    labels = [in_figure(p.label) for p in predictions]
     figure.update_xaxes(
         tickvals=x, ticktext=labels, range=[-0.4, len(x) - 0.6], title_text="precision", row=row, col=col
     )

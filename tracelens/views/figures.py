@@ -4,17 +4,18 @@ Colours mean the same everywhere: safety and capability features, reference and 
 Text that comes from a report (labels, behaviours, sites) is escaped, because plotly reads tags in text.
 """
 
-from html import escape
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from tracelens.stats import Estimate
 from tracelens.views.bands import column_bands, errors, in_percent, line, row_bands
+from tracelens.views.escaping import in_figure
 from tracelens.views.numbers import CONTROLS, feature_sets, interval, set_title
-from tracelens.views.style import CAPABILITY, CONTROL, FLIP, SAFETY, dressed, template, translucent
+from tracelens.views.style import CAPABILITY, CONTROL, FLIP, PAPER, QUIET, SAFETY, dressed, template, translucent
 from tracelens.views.text import material
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
     from tracelens.audit_report import AuditReport
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 GL_FROM = 10_000
 """Features from which points are drawn by WebGL: SVG is sharper, but slow beyond."""
+POINTS = 20_000
+"""Features that are drawn at most: all safety features, the worst of the others, and of the rest as many as fit, at random."""
+WORST = 0.25
+"""Share of the points that is kept for the worst features."""
+HOVER = "%{text}<br>fidelity %{y:.3f}, correlation %{customdata[0]:.3f}<br>muted on %{customdata[1]:.0%} of %{x:,} tokens<extra></extra>"
 BINS = 40
 REACH = 0.36
 """How far a set's row reaches up and down; its controls have a lane each."""
@@ -29,8 +35,11 @@ SCATTER, DECAY, FLIPS, GAP, ROW = 360, 340, 190, 90, 56
 """Heights of panels, of the gap between two of them, and of a set's row, in pixels."""
 
 
-def audit_figure(report: "AuditReport") -> "go.Figure":
-    """CPFRs with intervals over the bands of their controls; below, each live feature's fidelity against how often it fires."""
+def audit_figure(report: "AuditReport", max_points: int = POINTS) -> "go.Figure":
+    """CPFRs with intervals over the bands of their controls; below, each live feature's fidelity against how often it fires.
+
+    Of more than `max_points` features a sample is drawn (`sampled`), and the subtitle says so; histograms and numbers are of all.
+    """
     from plotly.subplots import make_subplots
 
     strip = ROW * len(report.cpfr)
@@ -45,9 +54,15 @@ def audit_figure(report: "AuditReport") -> "go.Figure":
         horizontal_spacing=0.015,
     )
     _draw_cpfrs(figure, report)
-    _draw_features(figure, report)
-    title = f"What {escape(report.label)} preserves of {escape(report.reference)}"
-    _dress(figure, title, report, inner, "Bars and bands: 95 % intervals.", above_second=SCATTER / inner)
+    shown = sampled(report.features, max_points)
+    _draw_features(figure, report, shown)
+    marks = "Bars and bands: 95 % intervals."
+    if (left := len(report.features) - len(shown)) > 0:
+        marks += (
+            f" Points: {len(shown):,} features; {left:,} others that are not among the worst are left out at random."
+        )
+    title = f"What {in_figure(report.label)} preserves of {in_figure(report.reference)}"
+    _dress(figure, title, report, inner, marks, above_second=SCATTER / inner)
     return figure
 
 
@@ -63,21 +78,39 @@ def sweep_figure(sweep: "SweepResult") -> "go.Figure":
     figure = make_subplots(rows=2, cols=1, row_heights=[DECAY, FLIPS], vertical_spacing=gap / inner)
     _draw_decay(figure, reports)
     _draw_flips(figure, reports)
-    ticks = [f"<b>{escape(r.label)}</b><br>{b}" for r, b in zip(reports, bits, strict=True)]
+    ticks = [f"<b>{in_figure(r.label)}</b><br>{b}" for r, b in zip(reports, bits, strict=True)]
     figure.update_xaxes(tickvals=list(range(len(reports))), ticktext=ticks, range=[-0.4, len(reports) - 0.6])
     figure.update_xaxes(title_text="precision (bits per weight, scales included)", row=2, col=1)
     figure.update_xaxes(showticklabels=False, ticks="", row=1, col=1)
-    title = f"What fewer bits preserve of {escape(reports[0].reference)}"
+    title = f"What fewer bits preserve of {in_figure(reports[0].reference)}"
     marks = "Bands: the safety features in each control, and other sets of as many. Bars and bands: 95 % intervals."
     _dress(figure, title, reports[0], inner, marks, above_second=FLIPS / inner)
     return figure
+
+
+def sampled(features: "pd.DataFrame", max_points: int = POINTS, seed: int = 0) -> "pd.DataFrame":
+    """At most so many rows of a report's features, in their order: all safety features, the worst, others at random.
+
+    Safety features are all kept, even if there are more of them than that.
+    """
+    import numpy as np
+
+    if len(features) <= max_points:
+        return features
+    kept = (features["behaviour"] != "capability").to_numpy(copy=True)
+    room = max(0, max_points - int(kept.sum()))
+    others = np.flatnonzero(~kept)
+    worst, rest = np.split(others, [int(WORST * room)])  # rows stand worst first
+    kept[worst] = True
+    kept[np.random.default_rng(seed).choice(rest, min(len(rest), room - len(worst)), replace=False)] = True
+    return features.loc[kept]
 
 
 def _dress(
     figure: "go.Figure", title: str, report: "AuditReport", inner: int, marks: str, *, above_second: float
 ) -> None:
     """Template, titles, height (for `inner` pixels of panels), and a legend above each of the two panels."""
-    subtitle = f"{escape(material(report))} {marks}"
+    subtitle = f"{in_figure(material(report))} {marks}"
     subtitle = subtitle[0].upper() + subtitle[1:]
     house: Any = template().layout
     dressed(figure, title, subtitle, inner + house.margin.t + house.margin.b, legend_rows=2)
@@ -104,9 +137,10 @@ def _draw_cpfrs(figure: "go.Figure", report: "AuditReport") -> None:
         estimate = report.cpfr[name]
         if not isnan(estimate.value):
             ends += [estimate.value, estimate.low, estimate.high]
-            figure.add_trace(_point(i, estimate, name, escape(report.label)), row=1, col=1)
+            figure.add_trace(_point(i, estimate, name, in_figure(report.label)), row=1, col=1)
     titles = [
-        f"{escape(set_title(name).strip())} ({n})<br><b>{interval(report.cpfr[name])}</b>" for name, n in counts.items()
+        f"{in_figure(set_title(name).strip())} ({n})<br><b>{interval(report.cpfr[name])}</b>"
+        for name, n in counts.items()
     ]
     figure.update_yaxes(
         tickvals=list(range(len(names))), ticktext=titles, range=[len(names) - 0.4, -0.6], showgrid=False, row=1, col=1
@@ -137,28 +171,31 @@ def _point(row: int, estimate: Estimate, name: str, label: str) -> "go.Scatter":
             "symbol": "circle-open" if part else "circle",
             "line": {"color": colour, "width": 2},
         },
-        hovertemplate=f"{label}, {escape(set_title(name).strip())}<br>CPFR {interval(estimate)}<extra></extra>",
+        hovertemplate=f"{label}, {in_figure(set_title(name).strip())}<br>CPFR {interval(estimate)}<extra></extra>",
         showlegend=False,
     )
 
 
-def _draw_features(figure: "go.Figure", report: "AuditReport") -> None:
+def _draw_features(figure: "go.Figure", report: "AuditReport", shown: Any) -> None:
+    import numpy as np
     import plotly.graph_objects as go
 
-    table: Any = report.features
-    kind = go.Scattergl if len(table) > GL_FROM else go.Scatter
-    safety = table["behaviour"] != "capability"
+    everything: Any = report.features
+    kind = go.Scattergl if len(shown) > GL_FROM else go.Scatter
+    safety = shown["behaviour"] != "capability"
+    whole = everything["behaviour"] != "capability"
     # Few and the point of it all: safety features are drawn last, larger and outlined.
     looks = [
-        (~safety, "capability features", {"size": 5, "color": CAPABILITY, "opacity": 0.45}),
+        (~safety, ~whole, "capability features", {"size": 5, "color": CAPABILITY, "opacity": 0.45}),
         (
             safety,
+            whole,
             "safety features",
-            {"size": 9, "color": SAFETY, "opacity": 0.95, "line": {"color": "white", "width": 1}},
+            {"size": 9, "color": SAFETY, "opacity": 0.95, "line": {"color": PAPER, "width": 1}},
         ),
     ]
-    for chosen, name, marker in looks:
-        rows = table[chosen]
+    for chosen, among_all, name, marker in looks:
+        rows = shown[chosen]
         if not len(rows):
             continue
         figure.add_trace(
@@ -171,14 +208,17 @@ def _draw_features(figure: "go.Figure", report: "AuditReport") -> None:
                 marker=marker,
                 legend="legend2",
                 text=_hover(rows),
-                hovertemplate="%{text}<extra></extra>",
+                customdata=rows[["correlation", "muting_rate"]].to_numpy(np.float32),
+                hovertemplate=HOVER,
             ),
             row=2,
             col=1,
         )
-        figure.add_trace(_margin_histogram(rows["fidelity"].to_numpy(), marker["color"], name), row=2, col=2)
+        figure.add_trace(
+            _margin_histogram(everything[among_all]["fidelity"].to_numpy(), marker["color"], name), row=2, col=2
+        )
     threshold = report.settings["degradation_threshold"]
-    figure.add_hline(y=threshold, line={"color": "#8A8F98", "width": 1, "dash": "dot"}, row=2, col=1)  # pyright: ignore[reportArgumentType]
+    figure.add_hline(y=threshold, line={"color": QUIET, "width": 1, "dash": "dot"}, row=2, col=1)  # pyright: ignore[reportArgumentType]
     figure.add_annotation(
         x=0,
         xref="x2 domain",
@@ -199,8 +239,7 @@ def _draw_features(figure: "go.Figure", report: "AuditReport") -> None:
 
 def _hover(rows: Any) -> list[str]:
     return [
-        f"<b>#{row.feature}</b> {escape(str(row.behaviour))}<br>{escape(str(row.site))}<br>fidelity {row.fidelity:.3f}, "
-        f"correlation {row.correlation:.3f} ({row.survival})<br>muted on {row.muting_rate:.0%} of {row.n_active} tokens"
+        f"<b>#{row.feature}</b> {in_figure(row.behaviour)}, {in_figure(row.survival) or 'constant'}<br>{in_figure(row.site)}"
         for row in rows.itertuples()
     ]
 
@@ -225,7 +264,7 @@ def _margin_histogram(fidelity: Any, colour: str, name: str) -> "go.Bar":
 
 def _draw_decay(figure: "go.Figure", reports: list["AuditReport"]) -> None:
     for control, title in CONTROLS.items():
-        points = [(i, r.controls[control]["safety"]) for i, r in enumerate(reports) if control in r.controls]
+        points: list[Any] = [(i, r.controls[control]["safety"]) for i, r in enumerate(reports) if control in r.controls]
         for trace in column_bands(points, control, title):
             figure.add_trace(trace, row=1, col=1)
     for name, colour, symbol in (("capability", CAPABILITY, "square"), ("safety", SAFETY, "circle")):

@@ -1,10 +1,10 @@
 """Figures of importance and fragility: what a metric depends on, and whether that drifts less."""
 
-from html import escape
 from math import ceil, floor, isnan, log10
 from typing import TYPE_CHECKING, Any
 
-from tracelens.views.style import CONTROL, QUANTIZED, REFERENCE, dressed
+from tracelens.views.escaping import in_figure
+from tracelens.views.style import CONTROL, QUANTIZED, REFERENCE, SERIES, dressed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from tracelens.causal.ablation_result import Importance
     from tracelens.causal.fragility_result import Association, Fragility
 
-COLOUR = {"head": QUANTIZED, "mlp": "#E69F00", "attn": "#56B4E9", "layer": REFERENCE, "feature": "#009E73"}
-OTHER = "#6A4C93"
+COLOUR = {"head": QUANTIZED, "mlp": SERIES[1], "attn": SERIES[4], "layer": REFERENCE, "feature": SERIES[2]}
+OTHER = CONTROL["permuted"]
 TITLE = {"head": "heads", "mlp": "MLPs", "attn": "attention layers", "layer": "layers", "feature": "features"}
 BY_LAYER = ("mlp", "attn", "layer")
 COLUMNS = 3
@@ -60,8 +60,8 @@ def fragility_figure(fragility: "Fragility", *, n_labels: int = 3, noise: bool =
     importance = fragility.importance
     kept = len(table) - len(drawn)
     subtitle = (
-        f"Points: components. Importance: mean |Δ {escape(importance.metric)}| under {importance.method} ablation in the reference; drift: "
-        f"mean ‖a_ref\u00a0−\u00a0a_quant‖\u00a0/\u00a0‖a_ref‖; {len(importance.prompts)} prompts. "
+        f"Points: components. Importance: mean |Δ {in_figure(importance.metric)}| under {importance.method} ablation in the reference; "
+        f"drift: mean ‖a_ref\u00a0−\u00a0a_quant‖\u00a0/\u00a0‖a_ref‖; {len(importance.prompts)} prompts. "
         "[ ]: 95 % over prompts, p: permutations of components."
         + (f" {kept} points at 0 or unknown are left out." if kept else "")
     )
@@ -72,13 +72,13 @@ def fragility_figure(fragility: "Fragility", *, n_labels: int = 3, noise: bool =
 
 def _panel_title(fragility: "Fragility", label: str) -> list[str]:
     found = [each for each in fragility.associations if each.label == label]
-    return [f"<b>{escape(label)}</b>", *(line for each in found for line in _association_lines(each))]
+    return [f"<b>{in_figure(label)}</b>", *(line for each in found for line in _association_lines(each))]
 
 
 def _association_lines(found: "Association") -> list[str]:
     """Two lines, since three panels stand side by side."""
     rho = found.correlation
-    name = f"{found.n_components} {TITLE.get(found.kind, escape(found.kind))}"
+    name = f"{found.n_components} {TITLE.get(found.kind, in_figure(found.kind))}"
     if isnan(rho.value):
         return [f"{name}: ρ undefined"]
     beside = "" if found.noise is None or isnan(found.noise.value) else f"; noise: ρ = {found.noise.value:.2f}"
@@ -120,7 +120,7 @@ def _points(rows: Any, kind: str, n_labels: int) -> "go.Scatter":
     sides = ("top center", "bottom center")
     colour = COLOUR.get(kind, OTHER)
     hover = [
-        f"<b>{escape(r.component)}</b><br>importance {r.importance:.3g} [{r.importance_low:.3g}, {r.importance_high:.3g}]"
+        f"<b>{in_figure(r.component)}</b><br>importance {r.importance:.3g} [{r.importance_low:.3g}, {r.importance_high:.3g}]"
         f"<br>drift {r.drift:.3g} [{r.drift_low:.3g}, {r.drift_high:.3g}], under noise {r.noise_drift:.3g}"
         f"<br>output norm {r.norm:.3g}"
         for r in rows.itertuples()
@@ -130,12 +130,12 @@ def _points(rows: Any, kind: str, n_labels: int) -> "go.Scatter":
         y=rows["drift"],
         mode="markers+text",
         marker={"size": 6 if len(rows) > 100 else 9, "color": colour, "opacity": 0.85},
-        text=[escape(r.component) if r.Index in ranked else "" for r in rows.itertuples()],
+        text=[in_figure(r.component) if r.Index in ranked else "" for r in rows.itertuples()],
         textposition=[sides[ranked.get(index, 0) % 2] for index in rows.index],
         textfont={"size": 11, "color": colour},
         hovertext=hover,
         hovertemplate="%{hovertext}<extra></extra>",
-        name=TITLE.get(kind, escape(kind)),
+        name=TITLE.get(kind, in_figure(kind)),
         legendgroup=kind,
     )
 
@@ -148,7 +148,7 @@ def _noise_points(rows: Any) -> "go.Scatter":
         y=rows["noise_drift"],
         mode="markers",
         marker={"size": 5 if len(rows) > 100 else 7, "color": CONTROL["noise"], "symbol": "diamond-open"},
-        text=[escape(name) for name in rows["component"]],
+        text=[in_figure(name) for name in rows["component"]],
         hovertemplate="%{text} under matched noise: drift %{y:.3g}<extra></extra>",
         name="matched noise",
         legendgroup="noise",
@@ -189,7 +189,7 @@ def importance_figure(importance: "Importance", *, n_ranked: int = 20) -> "go.Fi
     if len(rest):
         _draw_ranked(figure, rest, importance, row=len(chosen))
     subtitle = (
-        f"Mean |Δ {escape(importance.metric)}| when a component alone is ablated ({importance.method} ablation), "
+        f"Mean |Δ {in_figure(importance.metric)}| when a component alone is ablated ({importance.method} ablation), "
         f"{len(importance.prompts)} prompts; 95 % intervals. What later components make up for looks unimportant."
     )
     dressed(figure, "What the metric depends on", subtitle, int(190 + inner))
@@ -220,7 +220,7 @@ def _draw_heads(figure: "go.Figure", heads: Any, importance: "Importance", layer
             xgap=2,
             ygap=2,
             showscale=not few,
-            colorbar={"thickness": 10, "x": 0.44, "title": {"text": importance.unit}} if not few else None,
+            colorbar={"thickness": 10, "x": 0.44, "title": {"text": in_figure(importance.unit)}} if not few else None,
         ),
         row=1,
         col=1,
@@ -243,8 +243,8 @@ def _draw_bars(figure: "go.Figure", bars: Any, importance: "Importance", layers:
 def _draw_ranked(figure: "go.Figure", rest: Any, importance: "Importance", row: int) -> None:
     for kind in dict.fromkeys(rest["kind"]):
         rows = rest[rest["kind"] == kind]
-        figure.add_trace(_bar(rows, [escape(name) for name in rows["component"]], importance, kind), row=row, col=1)
-    names = [escape(name) for name in rest["component"]][::-1]
+        figure.add_trace(_bar(rows, [in_figure(name) for name in rows["component"]], importance, kind), row=row, col=1)
+    names = [in_figure(name) for name in rest["component"]][::-1]
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=names, showgrid=False, row=row, col=1)
     figure.update_xaxes(title_text=f"importance, {_unit(importance)}", rangemode="tozero", row=row, col=1)
 
@@ -262,7 +262,7 @@ def _bar(rows: Any, y: Any, importance: "Importance", kind: str) -> "go.Bar":
         orientation="h",
         error_x={"type": "data", "symmetric": False, "thickness": 1.5, "width": 4, "color": REFERENCE, **ends},
         marker_color=COLOUR.get(kind, OTHER),
-        name=TITLE.get(kind, escape(kind)),
+        name=TITLE.get(kind, in_figure(kind)),
         showlegend=True,
         hovertext=[_hover(r, importance) for r in rows.itertuples()],
         hovertemplate="%{hovertext}<extra></extra>",
@@ -270,9 +270,9 @@ def _bar(rows: Any, y: Any, importance: "Importance", kind: str) -> "go.Bar":
 
 
 def _hover(row: Any, importance: "Importance") -> str:
-    unit = escape(importance.unit)
+    unit = in_figure(importance.unit)
     text = (
-        f"<b>{escape(row.component)}</b><br>mean |Δ| {row.importance:.3g} [{row.importance_low:.3g}, {row.importance_high:.3g}] {unit}"
+        f"<b>{in_figure(row.component)}</b><br>mean |Δ| {row.importance:.3g} [{row.importance_low:.3g}, {row.importance_high:.3g}] {unit}"
         f"<br>mean Δ {row.change:+.3g} [{row.change_low:+.3g}, {row.change_high:+.3g}], p = {row.p_value:.2g}"
     )
     beside = getattr(row, "placebo_importance", None)
@@ -280,4 +280,4 @@ def _hover(row: Any, importance: "Importance") -> str:
 
 
 def _unit(importance: "Importance") -> str:
-    return escape(importance.unit or importance.metric)
+    return in_figure(importance.unit or importance.metric)

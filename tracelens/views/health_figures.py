@@ -1,9 +1,9 @@
 """Figure of how well SAEs fit both models of a pair."""
 
-from html import escape
 from typing import TYPE_CHECKING
 
 from tracelens.stats import Estimate
+from tracelens.views.escaping import in_figure
 from tracelens.views.style import QUANTIZED, REFERENCE, dressed
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ def health_figure(health: "SAEHealth") -> "go.Figure":
                     "array": [estimate.high - estimate.value for estimate in estimates],
                     "arrayminus": [estimate.value - estimate.low for estimate in estimates],
                 },
-                customdata=[[escape(site), str(estimate)] for site, estimate in zip(sites, estimates, strict=True)],
-                hovertemplate="%{customdata[0]}<br>%{customdata[1]}<extra>" + escape(label) + "</extra>",
+                customdata=[[in_figure(site), str(estimate)] for site, estimate in zip(sites, estimates, strict=True)],
+                hovertemplate="%{customdata[0]}<br>%{customdata[1]}<extra>" + in_figure(label) + "</extra>",
                 mode="markers",
                 marker={"color": colour, "size": 9},
-                name=escape(label),
+                name=in_figure(label),
                 legendgroup=side,
                 showlegend=row == 1,
             )
@@ -53,7 +53,7 @@ def health_figure(health: "SAEHealth") -> "go.Figure":
     limits = health.thresholds
     for row, limit in enumerate((limits.min_explained_variance, limits.min_cross_entropy_recovered), start=1):
         figure.add_hline(y=limit, line={"color": REFERENCE, "dash": "dot", "width": 1}, row=row, col=1)  # pyright: ignore[reportArgumentType]
-    names = [f"<b>{escape(site)}</b>" if not health.ok(site) else escape(site) for site in sites]
+    names = [f"<b>{in_figure(site)}</b>" if not health.ok(site) else in_figure(site) for site in sites]
     figure.update_xaxes(tickvals=list(range(len(sites))), ticktext=names, range=[-0.5, len(sites) - 0.5])
     count = len(health.broken)
     finding = "All SAEs fit both models" if not count else f"{count} of {len(sites)} SAEs do not fit (bold)"

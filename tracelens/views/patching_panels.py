@@ -1,10 +1,11 @@
 """Panels of figures of patching: effects over one axis, in order of size, and as heatmaps over two."""
 
 from collections.abc import Sequence
-from html import escape, unescape
+from html import unescape
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tracelens.views.escaping import in_figure
 from tracelens.views.patching_words import axis_title, labels, place_of
 from tracelens.views.style import CONTROL, translucent
 
@@ -41,11 +42,11 @@ def profile(table: "pd.DataFrame", axis: str, result: "PatchingResult", tokens: 
 
     values = list(table[axis])
     ticks = labels(axis, values, result, tokens)
-    figure = go.Figure(_points(table, list(range(len(values))), up=False, lines=axis in ("layer", "position")))
+    figure = go.Figure(points(table, list(range(len(values))), up=False, lines=axis in ("layer", "position")))
     _goals(figure, table, up=False)
-    figure.update_xaxes(**_axis(ticks, WIDTH), title_text=axis_title(axis, table))
+    figure.update_xaxes(**axis_of(ticks, WIDTH), title_text=axis_title(axis, table))
     figure.update_yaxes(title_text="effect")
-    return Drawn(figure, f"Filled: {_told_apart(table)}. Bars: 95 % intervals.", 460 + _turned(ticks, WIDTH))
+    return Drawn(figure, f"Filled: {told_apart(table)}. Bars: 95 % intervals.", 460 + turned(ticks, WIDTH))
 
 
 def ranking(table: "pd.DataFrame", axes: Sequence[str], top: int) -> Drawn:
@@ -54,14 +55,14 @@ def ranking(table: "pd.DataFrame", axes: Sequence[str], top: int) -> Drawn:
 
     found: Any = table[table["effect"].notna()]
     shown = found.loc[found["effect"].abs().sort_values(ascending=False).index[:top]].sort_values("effect")
-    figure = go.Figure(_points(shown, list(range(len(shown))), up=True, lines=False))
+    figure = go.Figure(points(shown, list(range(len(shown))), up=True, lines=False))
     _goals(figure, shown, up=True)
-    ticks = [escape(" · ".join(place_of(axis, row[axis]) for axis in axes)) for row in shown.to_dict("records")]
+    ticks = [in_figure(" · ".join(place_of(axis, row[axis]) for axis in axes)) for row in shown.to_dict("records")]
     figure.update_yaxes(tickvals=list(range(len(ticks))), ticktext=ticks, range=[-0.7, len(ticks) - 0.3])
     figure.update_xaxes(title_text="effect")
     said = (
         f"The {len(shown)} largest effects of {len(table)}: being chosen for their size, they are overstated. "
-        f"Filled: {_told_apart(table)}. Bars: 95 % intervals."
+        f"Filled: {told_apart(table)}. Bars: 95 % intervals."
     )
     return Drawn(figure, said, FRAME + max(160, 20 * len(shown)))
 
@@ -72,41 +73,41 @@ def heatmaps(
     """Effects over two axes; one panel for each value of any others."""
     from plotly.subplots import make_subplots
 
-    x, y = _directions(table, axes)
+    x, y = directions(table, axes)
     others = [axis for axis in axes if axis not in (x, y)]
     panels, said = _panels(table, others)
-    across, up = (_values(table[axis]) for axis in (x, y))
+    across, up = (values_of(table[axis]) for axis in (x, y))
     columns = min(len(panels), 1 if len(across) > 14 else 2 if len(across) > 8 else COLUMNS)
     rows = ceil(len(panels) / columns)
-    cells = rows * max(110 if rows > 1 else 150, CELL * len(up))
+    height = rows * max(110 if rows > 1 else 150, CELL * len(up))
     names = [
         " · ".join(_named(axis, value, result, tokens) for axis, value in zip(others, key, strict=True))
         for key in panels
     ]
-    gap = BETWEEN / (cells + BETWEEN * (rows - 1))
+    gap = BETWEEN / (height + BETWEEN * (rows - 1))
     spacing: dict[str, Any] = {"horizontal_spacing": 0.04, "vertical_spacing": gap} if len(panels) > 1 else {}
     figure = make_subplots(rows, columns, subplot_titles=names if others else None, **spacing)
     xs, ys = (labels(axis, values, result, tokens) for axis, values in ((x, across), (y, up)))
     for i, panel in enumerate(panels.values()):
         at: Any = {"row": i // columns + 1, "col": i % columns + 1}
-        figure.add_traces(_cells(panel, x, y, across, up, first=i == 0), rows=at["row"], cols=at["col"])
+        figure.add_traces(cells(panel, x, y, across, up, first=i == 0), rows=at["row"], cols=at["col"])
         lowest, leftmost = i + columns >= len(panels), at["col"] == 1
-        figure.update_xaxes(**_axis(xs, WIDTH / columns), matches="x", showticklabels=lowest, **at)
+        figure.update_xaxes(**axis_of(xs, WIDTH / columns), matches="x", showticklabels=lowest, **at)
         figure.update_xaxes(title_text=axis_title(x, table) if lowest else None, **at)
-        figure.update_yaxes(**_axis(ys, None), matches="y", showticklabels=leftmost, **at)
+        figure.update_yaxes(**axis_of(ys, None), matches="y", showticklabels=leftmost, **at)
         figure.update_yaxes(title_text=axis_title(y, table) if leftmost else None, **at)
-    figure.update_layout(coloraxis=_colours(table))
-    height = FRAME + cells + BETWEEN * (rows - 1) + (24 if others else 0)
-    return Drawn(figure, said, height + _turned(xs, WIDTH / columns))
+    figure.update_layout(coloraxis=colours(table))
+    whole = FRAME + height + BETWEEN * (rows - 1) + (24 if others else 0)
+    return Drawn(figure, said, whole + turned(xs, WIDTH / columns))
 
 
 def _named(axis: str, value: Any, result: "PatchingResult", tokens: Sequence[str] | None) -> str:
     """A panel's value of one axis; a position by its token too."""
-    plain, tick = escape(place_of(axis, value)), labels(axis, [value], result, tokens)[0]
+    plain, tick = in_figure(place_of(axis, value)), labels(axis, [value], result, tokens)[0]
     return f"{plain} {tick}" if axis == "position" and tick != str(value) else plain
 
 
-def _directions(table: "pd.DataFrame", axes: Sequence[str]) -> tuple[str, str]:
+def directions(table: "pd.DataFrame", axes: Sequence[str]) -> tuple[str, str]:
     """Which axis lies across and which goes up: as usual where there is a usual way, else the longest across."""
     for up, across in (("sender", "receiver"), ("position", "key"), ("group", "key")):
         if up in axes and across in axes:
@@ -116,7 +117,7 @@ def _directions(table: "pd.DataFrame", axes: Sequence[str]) -> tuple[str, str]:
     return max(rest, key=lambda axis: (axis != "site", len(table[axis].unique()))), y
 
 
-def _values(column: Any) -> list[Any]:
+def values_of(column: Any) -> list[Any]:
     values = list(dict.fromkeys(column))
     return sorted(values) if all(isinstance(value, int) for value in values) else values
 
@@ -135,12 +136,12 @@ def _panels(table: "pd.DataFrame", others: Sequence[str]) -> tuple[dict[tuple[An
     )
 
 
-def _cells(table: "pd.DataFrame", x: str, y: str, across: list[Any], up: list[Any], *, first: bool) -> list[Any]:
+def cells(table: "pd.DataFrame", x: str, y: str, across: list[Any], up: list[Any], *, first: bool) -> list[Any]:
     """One heatmap: effects, grey where there is none, dots where they are marked."""
     import plotly.graph_objects as go
 
     effect: list[list[float | None]] = [[None] * len(across) for _ in up]
-    text = [[_absent(x, y)] * len(across) for _ in up]
+    text = [[absent(x, y)] * len(across) for _ in up]
     blank: list[list[float | None]] = [[0.0] * len(across) for _ in up]
     marked: list[tuple[int, int]] = []
     for row in table.to_dict("records"):
@@ -160,17 +161,17 @@ def _cells(table: "pd.DataFrame", x: str, y: str, across: list[Any], up: list[An
     return [
         go.Heatmap(z=blank, colorscale=greys, zmin=0, zmax=1, showscale=False, hoverongaps=False, **shared),
         go.Heatmap(z=effect, coloraxis="coloraxis", hoverongaps=False, **shared),
-        _marks(
+        marks(
             empty,
             cross,
-            "no effect can be said (0/0)" if nan else _absent(x, y).partition(":")[0],
+            "no effect can be said (0/0)" if nan else absent(x, y).partition(":")[0],
             show=first and bool(empty),
         ),
-        _marks(marked, dot, _told_apart(table), show=first),
+        marks(marked, dot, told_apart(table), show=first),
     ]
 
 
-def _marks(cells: Sequence[tuple[int, int]], marker: dict[str, Any], name: str, *, show: bool) -> "go.Scatter":
+def marks(cells: Sequence[tuple[int, int]], marker: dict[str, Any], name: str, *, show: bool) -> "go.Scatter":
     import plotly.graph_objects as go
 
     # A legend shows only what has a point; None is one that is not drawn.
@@ -178,7 +179,7 @@ def _marks(cells: Sequence[tuple[int, int]], marker: dict[str, Any], name: str, 
     return go.Scatter(x=x, y=y, mode="markers", marker=marker, name=name, showlegend=show, hoverinfo="skip")
 
 
-def _absent(x: str, y: str) -> str:
+def absent(x: str, y: str) -> str:
     if (y, x) == ("sender", "receiver"):
         return "no path: the receiver does not come after the sender"
     if x == "key":
@@ -186,10 +187,10 @@ def _absent(x: str, y: str) -> str:
     return "each pair is shown once" if x == "other_layer" else "not among what was replaced"
 
 
-def _axis(ticks: Sequence[str], width: float | None) -> dict[str, Any]:
+def axis_of(ticks: Sequence[str], width: float | None) -> dict[str, Any]:
     """An axis of places; across, its ticks are turned where they do not fit and thinned where even that is too much."""
     values, angle = list(range(len(ticks))), 0
-    if width is not None and _turned(ticks, width):
+    if width is not None and turned(ticks, width):
         angle, values = -60, values[:: ceil(14 * len(ticks) / width)]
     return {
         "tickvals": values,
@@ -201,13 +202,13 @@ def _axis(ticks: Sequence[str], width: float | None) -> dict[str, Any]:
     }
 
 
-def _turned(ticks: Sequence[str], width: float) -> int:
+def turned(ticks: Sequence[str], width: float) -> int:
     """Height in pixels that ticks take below what one line would, as they must be turned to fit; 0 where they need not."""
     longest = LETTER * max((len(unescape(tick.replace("<b>", "").replace("</b>", ""))) for tick in ticks), default=0)
     return round(longest * 0.87) if ticks and longest > width / len(ticks) else 0
 
 
-def _colours(table: "pd.DataFrame") -> dict[str, Any]:
+def colours(table: "pd.DataFrame", title: str = "effect") -> dict[str, Any]:
     """Diverging around 0, which is the page itself, light or dark."""
     found: Any = table["effect"].abs().dropna()
     limit = max(0.05, float(found.max())) if len(found) else 1.0
@@ -221,7 +222,7 @@ def _colours(table: "pd.DataFrame") -> dict[str, Any]:
         "cmin": -limit,
         "cmax": limit,
         "colorbar": {
-            "title": {"text": "effect", "side": "top"},
+            "title": {"text": title, "side": "top"},
             "thickness": 12,
             "outlinewidth": 0,
             "ticks": "outside",
@@ -229,7 +230,7 @@ def _colours(table: "pd.DataFrame") -> dict[str, Any]:
     }
 
 
-def _points(table: "pd.DataFrame", places: Sequence[int], *, up: bool, lines: bool) -> list["go.Scatter"]:
+def points(table: "pd.DataFrame", places: Sequence[int], *, up: bool, lines: bool) -> list["go.Scatter"]:
     """Effects and placebos with their intervals."""
     import plotly.graph_objects as go
 
@@ -283,5 +284,5 @@ def _goals(figure: "go.Figure", table: "pd.DataFrame", *, up: bool) -> None:
             draw(value, line=line)
 
 
-def _told_apart(table: "pd.DataFrame") -> str:
+def told_apart(table: "pd.DataFrame") -> str:
     return f"differs from {'its placebo' if 'p_versus_placebo' in table else '0'}, adjusted p < 0.05"

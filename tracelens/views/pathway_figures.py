@@ -1,16 +1,16 @@
 """Figure of new pathways: what they do to the margin, beside random features."""
 
-from html import escape
 from typing import TYPE_CHECKING, Any
 
-from tracelens.views.style import CONTROL, dressed
+from tracelens.views.escaping import in_figure
+from tracelens.views.style import CONTROL, SERIES, dressed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from tracelens.studies.pathways import NewPathways
 
-NEW = "#CC79A7"
+NEW = SERIES[3]
 ROW = 22
 """Height of a feature's row, in pixels."""
 
@@ -30,7 +30,7 @@ def pathways_figure(pathways: "NewPathways") -> "go.Figure":
             figure.add_trace(_points(rows, name, colour, symbol, shift))
     if not len(new):
         figure.add_annotation(x=0.5, xref="x domain", y=0.5, yref="y domain", text="no feature is new")
-    labels = [f"#{r.feature} {escape(str(r.site))}" for r in new.itertuples()]
+    labels = [f"#{r.feature} {in_figure(str(r.site))}" for r in new.itertuples()]
     figure.update_yaxes(tickvals=list(range(len(new))), ticktext=labels, autorange="reversed", showgrid=False)
     figure.update_xaxes(
         title_text="effect on the margin: with the feature minus without it (nats, mean over all prompts)"
@@ -41,7 +41,7 @@ def pathways_figure(pathways: "NewPathways") -> "go.Figure":
         f"{pathways.n_novel} of {pathways.n_candidates} active features are new in it{beside}: on at least "
         f"{100 * pathways.novel_at:g} % of the tokens on which it fires them, the reference does not. Bars: 95 % intervals."
     )
-    return dressed(figure, f"What fires only in {escape(pathways.label)}", subtitle, 220 + ROW * max(6, len(new)))
+    return dressed(figure, f"What fires only in {in_figure(pathways.label)}", subtitle, 220 + ROW * max(6, len(new)))
 
 
 def _points(rows: Any, name: str, colour: str, symbol: str, shift: float) -> "go.Scatter":
@@ -49,7 +49,7 @@ def _points(rows: Any, name: str, colour: str, symbol: str, shift: float) -> "go
 
     errors = {"array": rows["high"] - rows["effect"], "arrayminus": rows["effect"] - rows["low"]}
     text = [
-        f"#{r.feature} {escape(str(r.site))}<br>effect {r.effect:+.3f} [{r.low:+.3f}, {r.high:+.3f}] nats, q {r.q_value:.2g}"
+        f"#{r.feature} {in_figure(str(r.site))}<br>effect {r.effect:+.3f} [{r.low:+.3f}, {r.high:+.3f}] nats, q {r.q_value:.2g}"
         f"<br>fires on {r.n_quant} tokens of {r.n_prompts} prompts, novelty {r.novelty:.2f}"
         for r in rows.itertuples()
     ]

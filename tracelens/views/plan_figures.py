@@ -1,13 +1,13 @@
 """A repair plan: which layers it keeps, by block and kind, and what was measured of it beside the same bytes spent otherwise."""
 
-from html import escape
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from tracelens.loading.description import size
 from tracelens.stats import Estimate
 from tracelens.views.bands import errors
-from tracelens.views.style import CAPABILITY, CONTROL, QUANTIZED, REFERENCE, SAFETY, dressed
+from tracelens.views.escaping import in_figure
+from tracelens.views.style import CONTROL, INK, PAPER, QUANTIZED, REFERENCE, SERIES, TOWARDS, WHISKER, dressed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from tracelens.causal.repair.plan_units import Unit
 
 BARS = {
-    "plan": ("plan", SAFETY),
+    "plan": ("plan", TOWARDS),
     "random": ("random", CONTROL["noise"]),
     "magnitude": ("by error", CONTROL["permuted"]),
-    "relative magnitude": ("by relative<br>error", CAPABILITY),
+    "relative magnitude": ("by relative<br>error", SERIES[4]),
 }
 SHORT = 10
 """Characters of a kind of layer beyond which it is broken over lines."""
@@ -46,12 +46,10 @@ def plan_figure(plan: "RepairPlan") -> "go.Figure":
     else:
         figure.add_annotation(x=0.5, xref="x2 domain", y=0.5, yref="y2 domain", text="nothing is kept")
     held = len(plan.held_out.tokens)
-    title = (
-        f"Keep {len(plan.kept)} of {len(plan.units)} in 16 bit: {size(plan.bytes)} more than {escape(plan.quantized)}"
-    )
+    title = f"Keep {len(plan.kept)} of {len(plan.units)} in 16 bit: {size(plan.bytes)} more than {in_figure(plan.quantized)}"
     subtitle = (
         f"Frames: kept in 16 bit, with bytes. Chosen by {plan.by} on {plan.n_choosing} prompts, measured on {held} others "
-        f"({plan.metric}); whiskers: 95 % intervals over prompts. Dots: single random choices of the same bytes; the diamond "
+        f"({in_figure(plan.metric)}); whiskers: 95 % intervals over prompts. Dots: single random choices of the same bytes; the diamond "
         "is what was predicted."
     )
     n_layers = len({unit.layer for unit in plan.units})
@@ -106,7 +104,7 @@ def _grid(figure: "go.Figure", plan: "RepairPlan") -> None:
             x1=x + 0.46,
             y0=y - 0.44,
             y1=y + 0.44,
-            line={"color": "#24292F", "width": 2.5},
+            line={"color": INK, "width": 2.5},
             row=1,
             col=1,
         )
@@ -115,7 +113,7 @@ def _grid(figure: "go.Figure", plan: "RepairPlan") -> None:
             x=x,
             y=y,
             text=size(unit.bytes),
-            font={"size": 10, "color": "#FFFFFF" if dark else "#24292F"},
+            font={"size": 10, "color": PAPER if dark else INK},
             bgcolor="rgba(0,0,0,0)",
             row=1,
             col=1,
@@ -130,7 +128,7 @@ def _grid(figure: "go.Figure", plan: "RepairPlan") -> None:
 def _hover(unit: "Unit", *, kept: bool) -> str:
     gain = "" if isnan(unit.gain) else f"<br>predicted recovery alone {unit.gain:+.3f}"
     return (
-        f"{escape(unit.name)}<br>{'kept in 16 bit' if kept else 'quantized'}{gain}<br>relative error {unit.relative_error:.3f}"
+        f"{in_figure(unit.name)}<br>{'kept in 16 bit' if kept else 'quantized'}{gain}<br>relative error {unit.relative_error:.3f}"
         f"<br>{size(unit.bytes)} to keep, {unit.n_weights:,} weights"
     )
 
@@ -159,7 +157,7 @@ def _bars(figure: "go.Figure", plan: "RepairPlan") -> None:
             x=[BARS["random"][0]] * len(plan.random),
             y=[outcome.recovery.value for outcome in plan.random],
             mode="markers",
-            marker={"size": 6, "color": "#24292F", "opacity": 0.6},
+            marker={"size": 6, "color": WHISKER, "line": {"color": PAPER, "width": 1}},
             text=[f"{outcome.name}: {outcome.recovery}" for outcome in plan.random],
             hovertemplate="%{text}<extra></extra>",
         ),
@@ -171,7 +169,7 @@ def _bars(figure: "go.Figure", plan: "RepairPlan") -> None:
                 x=[BARS["plan"][0]],
                 y=[plan.predicted.value],
                 mode="markers",
-                marker={"size": 11, "symbol": "diamond-open", "color": "#24292F", "line": {"width": 2}},
+                marker={"size": 11, "symbol": "diamond", "color": PAPER, "line": {"width": 2, "color": INK}},
                 hovertemplate=f"predicted: {plan.predicted}<extra></extra>",
             ),
             **place,

@@ -1,12 +1,12 @@
 """Figures of repair: recovery against components and bytes, by order; what one direction brings back."""
 
-from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 from tracelens.stats import Estimate
 from tracelens.views.bands import errors
+from tracelens.views.escaping import in_figure
 from tracelens.views.numbers import interval
-from tracelens.views.style import CAPABILITY, CONTROL, SAFETY, dressed, translucent
+from tracelens.views.style import CONTROL, SAFETY, SERIES, WHISKER, dressed, translucent
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -15,12 +15,10 @@ if TYPE_CHECKING:
     from tracelens.causal.repair.direction_result import DirectionRepair
 
 HEIGHT = 480
-COLOURS = (SAFETY, CAPABILITY, "#009E73", "#CC79A7", "#56B4E9", "#6A4C93", "#6B4423", "#B8A000")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "hexagon")
-MAGNITUDE = "#24292F"
+MAGNITUDE = CONTROL["permuted"]
 Shown = Literal["recovery", "closed"]
 TITLES = {"recovery": "recovery of the {metric}", "closed": "closed of the gap in the {metric}"}
-WHISKER = "#5B6470"
 FLOOR, CEILING = -0.5, 2.0
 """Lines beyond are cut off; the hover and the table have them."""
 
@@ -45,7 +43,7 @@ def curve_figure(curve: "RepairCurve", *, measure: Shown = "recovery", intervals
             figure.add_trace(_line(rows, rows[axis] / by, line, measure, looks, intervals, col == 1), row=1, col=col)
     for level in (0, 1):
         figure.add_hline(y=level, line={"color": CONTROL["noise"], "width": 1, "dash": "dot"})
-    title = TITLES[measure].format(metric=escape(curve.metric))
+    title = TITLES[measure].format(metric=in_figure(curve.metric))
     figure.update_yaxes(range=_range(table, measure), title_text=title, col=1)
     figure.update_xaxes(title_text=f"components restored, of {len(curve.names)}", col=1)
     if costs:
@@ -54,7 +52,7 @@ def curve_figure(curve: "RepairCurve", *, measure: Shown = "recovery", intervals
     return dressed(
         figure,
         f"What restoring {curve.restore} brings back",
-        escape(_curve_subtitle(curve)),
+        in_figure(_curve_subtitle(curve)),
         HEIGHT,
         legend_rows=legend_rows,
     )
@@ -74,7 +72,7 @@ def direction_figure(repair: "DirectionRepair", *, measure: Shown = "recovery") 
         "labels": ("shuffled labels (mean, spread)", CONTROL["labels"]),
         "random": ("random (mean, spread)", CONTROL["random"]),
         "largest error": ("largest error", MAGNITUDE),
-        "everything": ("everything there", translucent(CAPABILITY, 0.45)),
+        "everything": ("everything there", translucent(SERIES[4], 0.6)),
     }
     figure = make_subplots(rows=1, cols=len(versions), shared_yaxes=True, horizontal_spacing=0.05)
     for col, version in enumerate(versions, start=1):
@@ -95,7 +93,7 @@ def direction_figure(repair: "DirectionRepair", *, measure: Shown = "recovery") 
                 showlegend=col == 1,
                 marker={"color": colour, "line_width": 0},
                 customdata=[[interval(e), f"{cost:,.0f}"] for e, cost in zip(estimates, rows["bytes"], strict=True)],
-                hovertemplate=f"{escape(name)}, layer %{{x}}: %{{customdata[0]}}<br>%{{customdata[1]}} bytes<extra></extra>",
+                hovertemplate=f"{in_figure(name)}, layer %{{x}}: %{{customdata[0]}}<br>%{{customdata[1]}} bytes<extra></extra>",
             )
             figure.add_trace(bar, row=1, col=col)
         figure.update_xaxes(title_text=f"layers repaired in {version}", type="category", col=col)
@@ -103,12 +101,12 @@ def direction_figure(repair: "DirectionRepair", *, measure: Shown = "recovery") 
         figure.add_hline(y=level, line={"color": CONTROL["noise"], "width": 1, "dash": "dot"})
     figure.update_layout(barmode="group", bargap=0.25)
     figure.update_yaxes(
-        range=_bars_range(table, measure), title_text=TITLES[measure].format(metric=escape(repair.metric)), col=1
+        range=_bars_range(table, measure), title_text=TITLES[measure].format(metric=in_figure(repair.metric)), col=1
     )
     dressed(
         figure,
         "The refusal direction put right, and nothing else",
-        escape(_direction_subtitle(repair)),
+        in_figure(_direction_subtitle(repair)),
         HEIGHT,
         legend_rows=1,
     )
@@ -116,7 +114,7 @@ def direction_figure(repair: "DirectionRepair", *, measure: Shown = "recovery") 
 
 
 def _looks(lines: list[str]) -> dict[str, tuple[str, str]]:
-    return {line: (COLOURS[i % len(COLOURS)], SYMBOLS[i % len(SYMBOLS)]) for i, line in enumerate(lines)}
+    return {line: (SERIES[i % len(SERIES)], SYMBOLS[i % len(SYMBOLS)]) for i, line in enumerate(lines)}
 
 
 def _line(
@@ -141,7 +139,7 @@ def _line(
         legendgroup=name,
         showlegend=legend,
         text=[f"{count} restored: {interval(e)}" for count, e in zip(rows["count"], estimates, strict=True)],
-        hovertemplate=f"{escape(name)}, %{{text}}<extra></extra>",
+        hovertemplate=f"{in_figure(name)}, %{{text}}<extra></extra>",
     )
 
 

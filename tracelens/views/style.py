@@ -1,4 +1,9 @@
-"""What all figures share: colours that colour-blind readers can tell apart (after Okabe & Ito, 2008), and a template for light and dark."""
+"""What all figures share: colours, and a template for light and dark.
+
+Every colour that means something stands here, so that it means the same in every figure. They are taken from the palettes for colour-blind
+readers of Okabe & Ito (2008) and of Tol (muted scheme, 2021), and `tests/views/test_colours.py` measures that those which stand beside each
+other are told apart with each kind of colour blindness; where two are close, a marker, a dash or a place of its own tells them apart too.
+"""
 
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -6,11 +11,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-REFERENCE, QUANTIZED = "#5B6470", "#AA3377"
+REFERENCE, QUANTIZED = "#5B6470", "#BF4396"
 SAFETY = "#D55E00"
 CAPABILITY = "#2F7FC1"
 FLIP = {"refuse→comply": "#CC79A7", "comply→refuse": "#56B4E9"}
 CONTROL = {"noise": "#8A8F98", "permuted": "#6A4C93", "bf16": "#009E73", "random": "#E69F00", "labels": "#6B4423"}
+CAUSE = {"moved": "#56B4E9", "clipped": "#CC79A7"}
+SURVIVAL = {"survived": "#44AA99", "blurred": "#DDCC77", "damaged": "#882255"}
+STEP = {"compute": "#009E73", "weights": "#88CCEE", "activations": "#999933", "kv_cache": "#882255"}
+PREDICTOR, SECOND_PREDICTOR = "#88CCEE", "#999933"
+TOWARDS, AWAY = "#0F8B8D", "#A6611A"
+"""Of patching: towards the run whose activations are put in, and away from it."""
+CHOSEN = "#E69F00"
+"""What a reader has selected."""
+SERIES = ("#332288", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#882255", "#999933", "#6B4423")
+"""Of things that have no colour of their own (models, orders, kinds of matrices); each also has a marker of its own."""
+QUIET = "#8A8F98"
+"""Lines and points that are there to be compared with."""
+WHISKER = "#5B6470"
+INK, PAPER = "#24292F", "#FFFFFF"
+"""Only on top of a colour: on a dark page they would not be seen."""
 FONT = "Inter, 'Helvetica Neue', Helvetica, Arial, sans-serif"
 
 SUBTITLE, LINE = 110, 19

@@ -1,13 +1,13 @@
 """Figures of what happens to features: survival against bits, overlap of damage, prediction of survival."""
 
 from collections.abc import Sequence
-from html import escape
 from math import isnan, log10
 from typing import TYPE_CHECKING, Any
 
 from tracelens.metrics.survival import CLASSES
 from tracelens.stats import Estimate
-from tracelens.views.style import CONTROL, QUANTIZED, REFERENCE, dressed, translucent
+from tracelens.views.escaping import in_figure
+from tracelens.views.style import CONTROL, PREDICTOR, QUANTIZED, REFERENCE, SURVIVAL, dressed, translucent
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from tracelens.studies.prediction import SurvivalPrediction
     from tracelens.studies.survival import FeatureSet, SurvivalCurve
 
-SURVIVAL = {"survived": "#44AA99", "blurred": "#DDCC77", "damaged": "#882255"}
-"""After Tol's muted scheme, which colour-blind readers can tell apart."""
-PREDICTOR = "#88CCEE"
 PREDICTORS = {
     "peak": "peak activation",
     "mean": "mean activation",
@@ -42,7 +39,7 @@ def survival_figure(curve: "SurvivalCurve", features: "FeatureSet" = "all") -> "
     draw_perplexity(figure, curve, 2, 1)
     rows = curve.of(features)
     n = int(rows["n"].iloc[0])
-    title = f"What fewer bits leave of the features of {escape(curve.reference)}"
+    title = f"What fewer bits leave of the features of {in_figure(curve.reference)}"
     which = {"all": "live", "safety": "live safety", "capability": "live capability"}[features]
     return in_order(figure, title, f"{n} {which} features. {class_bounds(curve)} Bars: 95 % intervals.", 560)
 
@@ -71,14 +68,14 @@ def overlap_figure(overlap: "DamageOverlap") -> "go.Figure":
                 mode="markers",
                 marker={"size": 5, "color": translucent(colour, 0.7)},
                 name=f"{name} ({len(rows)})",
-                text=[f"#{i} {escape(str(b))}" for i, b in zip(rows["feature"], rows["behaviour"], strict=True)],
+                text=[f"#{i} {in_figure(str(b))}" for i, b in zip(rows["feature"], rows["behaviour"], strict=True)],
                 hovertemplate="%{text}<br>%{x:.3g}, %{y:.3g}<extra></extra>",
             )
         )
     line: Any = {"color": REFERENCE, "width": 1, "dash": "dot"}
     figure.add_hline(y=cut, line=line)
     figure.add_vline(x=cut, line=line)
-    a, b = escape(overlap.label_a), escape(overlap.label_b)
+    a, b = in_figure(overlap.label_a), in_figure(overlap.label_b)
     powers: Any = {
         "tickvals": [10.0**n for n in range(-6, 1)],
         "ticktext": ["10⁻⁶", "10⁻⁵", "10⁻⁴", "0.001", "0.01", "0.1", "1"],
@@ -115,10 +112,10 @@ def prediction_figure(prediction: "SurvivalPrediction") -> "go.Figure":
         )
     )
     if prediction.reason:
-        figure.add_annotation(x=0.5, xref="paper", y=0.5, yref="paper", text=escape(prediction.reason))
+        figure.add_annotation(x=0.5, xref="paper", y=0.5, yref="paper", text=in_figure(prediction.reason))
     figure.update_xaxes(range=[0, 1], title_text="AUC (.5 = chance; below, features with more of it survive less)")
     figure.update_yaxes(autorange="reversed", showgrid=False)
-    label = escape(prediction.label)
+    label = in_figure(prediction.label)
     what = f"survive {label}" if prediction.target == "survived" else f"{label} does not damage"
     title = f"Which features {what}, told from the reference alone"
     subtitle = (
@@ -204,7 +201,7 @@ def draw_perplexity(figure: "go.Figure", curve: "SurvivalCurve", row: int, col: 
 
 
 def _precision_axis(figure: "go.Figure", table: Any, **where: Any) -> None:
-    ticks = [f"{escape(label)}<br>{bits:.3g}" for label, bits in zip(table["label"], table["bits"], strict=True)]
+    ticks = [f"{in_figure(label)}<br>{bits:.3g}" for label, bits in zip(table["label"], table["bits"], strict=True)]
     x = list(range(len(table)))
     figure.update_xaxes(tickvals=x, ticktext=ticks, range=[-0.6, len(x) - 0.4], **where)
     figure.update_xaxes(title_text="bits per weight, scales included", **where)
