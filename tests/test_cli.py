@@ -226,12 +226,17 @@ def test_options_reach_the_audit(made_up, tmp_path):
         "6, 8",
         "--sites",
         "blocks.6.hook_resid_post",
+        "--evidence-prompts",
+        0,
+        "--evidence-features",
+        50,
     ]
     audit(tmp_path, *more, "--device", "cpu")
     assert (given["layers"], given["sites"]) == ([6, 8], ["blocks.6.hook_resid_post"])
     assert given["models"] == ("b", "q", "int4")
     assert (given["saes"], given["dataset"], given["baseline"]) == ("s", "d", "other")
     assert (given["batch_size"], given["controls"], given["seed"]) == (4, False, 7)
+    assert (given["evidence_prompts"], given["evidence_features"]) == (0, 50)
     assert (given["dtype"], given["device"]) == (torch.bfloat16, torch.device("cpu"))
 
 
@@ -248,6 +253,7 @@ def test_options_reach_the_audit(made_up, tmp_path):
         (["--device", "abacus"], "device 'abacus' cannot be used"),
         (["--min-cpfr", "90"], "90 is not between 0 and 1"),
         (["--batch-size", "0"], "0 is not at least 1"),
+        (["--evidence-prompts", "-1"], "-1 is below 0"),
         (["--layers", "six"], "six is no list of layers; write their numbers with commas: 6,8"),
         (["--sites", ","], "the list is empty"),
         (["--layers", "0"], "is at layers 0; leave out layers= and sites= to load all"),
@@ -360,7 +366,19 @@ def test_nothing_to_compare_with(audit_args):
 
 def test_help_lists_every_command_on_one_line():
     listed = run("--help").out
-    for command in ["demo", "audit", "sweep", "decompose", "sae-health", "inspect", "doctor", "quantize", "datasets"]:
+    for command in [
+        "demo",
+        "audit",
+        "sweep",
+        "decompose",
+        "sae-health",
+        "plan",
+        "report",
+        "inspect",
+        "doctor",
+        "quantize",
+        "datasets",
+    ]:
         assert re.search(rf"^    {command} +\w+", listed, re.MULTILINE), command
         assert run(command, "--help").out.startswith(f"usage: tracelens {command} [-h]")
         assert "  130  interrupted" in run(command, "--help").out

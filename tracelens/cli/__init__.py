@@ -1,4 +1,5 @@
-"""The command line: `tracelens demo`, `audit`, `sweep`, `decompose`, `sae-health`, `plan`, `inspect`, `doctor`, `quantize`, `datasets`.
+"""The command line: `tracelens demo`, `audit`, `sweep`, `decompose`, `sae-health`, `plan`, `report`, `inspect`, `doctor`, `quantize`,
+`datasets`.
 
 Results go to stdout, everything else to stderr. Nothing heavy is imported before a command runs, so that help and mistakes are instant.
 """
@@ -9,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 
 from tracelens import __version__
-from tracelens.cli import checkpoints, examining, measuring, repairing
+from tracelens.cli import checkpoints, examining, measuring, repairing, reporting
 from tracelens.cli.parsing import ALL_CODES, RAN_CODES, Parser
 from tracelens.errors import TracelensError
 
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     measuring.add(commands)
     examining.add(commands)
     repairing.add(commands)
+    reporting.add(commands)
     checkpoints.add(commands)
     datasets = commands.add_parser("datasets", help="list the built-in data sets", epilog=RAN_CODES)
     datasets.set_defaults(run=_datasets)

@@ -25,11 +25,12 @@ def quiet():
 
 def write_figure(figure: "go.Figure", out: Path) -> list[Path]:
     """The figure as a page and, where kaleido and a browser are installed, as a picture."""
+    from tracelens.errors import ExportError
+    from tracelens.views.export import export_figure
+
     paths = [write_page(figure, out / "figure.html")]
-    picture = out / "figure.png"
-    with contextlib.suppress(Exception):  # a picture is a convenience; what goes wrong without it is of no interest
-        figure.write_image(picture, width=1000, scale=2)
-        paths.append(picture)
+    with contextlib.suppress(ExportError):  # a picture is a convenience; what goes wrong without it is of no interest
+        paths.append(export_figure(figure, out / "figure.png"))
     return paths
 
 
