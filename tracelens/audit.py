@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from tracelens.features.saes import SAEs, check_saes, load_saes, normalise_saes
 from tracelens.loading import load
 from tracelens.pair import PrecisionPair
 from tracelens.precision import QuantizationConfig, QuantizationType, apply_precision
+
+if TYPE_CHECKING:
+    from tracelens.views.widgets.prompt import PromptExplorer
 
 
 class Audit:
@@ -127,3 +130,9 @@ class Audit:
             shared=self.pair.settings,
         )
         return report
+
+    def explore(self) -> "PromptExplorer":
+        """A widget to try prompts in: both models' answers, margins, features and attention, side by side. It runs the models."""
+        from tracelens.views.widgets.prompt import PromptExplorer
+
+        return PromptExplorer(self)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from tracelens.studies.muting import MutingThresholds
     from tracelens.studies.survival import SurvivalCurve
+    from tracelens.views.widgets.shell import Explorer
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,14 @@ class SweepResult:
     def bits(self) -> dict[str, float]:
         """Bits per weight, scales included, of each entry; NaN for a build that does not say how it is stored."""
         return {name: _bits(name, report) for name, report in self.reports.items()}
+
+    @property
+    def bytes(self) -> dict[str, float]:
+        """Bytes of the weights of the linear layers at each entry's `bits`; embeddings, unembedding and norms are not among them, and a
+        build that leaves linear layers in 16 bit takes more. NaN where the bits or the number of weights are not recorded.
+        """
+        weights = {name: report.settings.get("linear_weights") for name, report in self.reports.items()}
+        return {name: bits / 8 * (weights[name] or float("nan")) for name, bits in self.bits.items()}
 
     def __getitem__(self, name: "str | QuantizationConfig") -> AuditReport:
         """The report of one precision or build."""
@@ -85,6 +94,15 @@ class SweepResult:
         from tracelens.views.figures import sweep_figure
 
         return sweep_figure(self)
+
+    def explore(self, view: str = "sweep") -> "Explorer":
+        """A widget to look around in: `"sweep"` (decay over the precisions, the report of one) or `"muting"` (what falls silent).
+
+        Raises `UnknownNameError` for another view.
+        """
+        from tracelens.views.exploring import explore_sweep
+
+        return explore_sweep(self, view)
 
     def save(self, folder: str | Path) -> Path:
         """Writes a folder with a sub-folder per entry; `SweepResult.load` reads it back.

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+    from tracelens.views.widgets.muting import MutingExplorer
+
 KIND = "tracelens_muting_thresholds"
 RATE = "rate "
 """Before a precision's name, the column that holds the muting rates in it."""
@@ -103,6 +105,12 @@ class MutingThresholds:
         from tracelens.views.muting_figures import thresholds_figure
 
         return thresholds_figure(self)
+
+    def explore(self) -> "MutingExplorer":
+        """A widget to look around in: a slider of bits that silences features as it moves, and the curve of each."""
+        from tracelens.views.widgets.muting import MutingExplorer
+
+        return MutingExplorer(self)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
