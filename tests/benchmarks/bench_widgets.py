@@ -73,7 +73,9 @@ def buttons(css: str) -> tuple[str, ...]:
 
 def brushing(shown: Any, i: int) -> None:
     """Draws a box over half the figure, which is let go of once the clock may start."""
-    left, top, width, height = shown.page.locator(".tracelens-drift .nsewdrag").first.bounding_box().values()
+    figure = shown.page.locator(".tracelens-drift .nsewdrag").first
+    figure.scroll_into_view_if_needed()
+    left, top, width, height = figure.bounding_box().values()
     shown.page.mouse.move(left + 0.3 * width, top + 0.1 * height)
     shown.page.mouse.down()
     shown.page.mouse.move(left + 0.8 * width, top + (0.6 + 0.05 * (i % 5)) * height, steps=4)
@@ -121,9 +123,9 @@ WIDGETS = (
         "muting, 16,384 features at 8 precisions",
         "from tests.views.test_muting_explorer import large_thresholds\nfrom tracelens.views import MutingExplorer\n"
         "bits = {f'int{b}': float(b) for b in (8, 7, 6, 5, 4, 3, 2)} | {'int1': 1.5}\n"
-        "explorer = MutingExplorer(large_thresholds(16_384, bits=bits)); explorer.bits.value = 4.0; explorer",
+        "explorer = MutingExplorer(large_thresholds(16_384, bits=bits)); explorer.bits.value = 3.5; explorer",
         (
-            # To half a bit less than 4, which is the next precision, and back.
+            # From 3.5 bits (4 are shown) to 3, and back.
             Control("slider", pressing(".tracelens-bits", "ArrowRight", "ArrowLeft"), CELLS.format(MUTING)),
             Control("next feature", pressing(f"{MUTING} .tracelens-next", "Enter"), text(f"{MUTING} .tracelens-card h3")),
         ),
@@ -134,8 +136,9 @@ WIDGETS = (
         "explorer = PatchingExplorer({way: with_tokens(grid(sites=SITES, direction=way)) for way in ('repair', 'damage')}); explorer",
         (
             Control("site", choosing(f"{PATCHING} .tracelens-site", "mlp_out", "attn_out"), CELLS.format(PATCHING)),
-            Control("key in the list", pressing(f"{PATCHING} .tracelens-top", "ArrowDown"), text(f"{PATCHING} .tracelens-card")),
-            Control("direction", clicking(*buttons(f"{PATCHING} .tracelens-direction")), CELLS.format(PATCHING)),
+            Control("next place", pressing(f"{PATCHING} .tracelens-next", "Enter"), text(f"{PATCHING} .tracelens-card")),
+            Control("direction", clicking(*buttons(f"{PATCHING} .tracelens-direction")),
+                    f"document.querySelector('{PATCHING} .js-plotly-plot').textContent"),
         ),
     ),
     Widget(

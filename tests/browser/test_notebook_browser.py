@@ -64,7 +64,8 @@ def test_what_is_drawn_is_what_the_kernel_has(shown):
     assert f"#{shown.ask('int(worst.feature)')} " in shown.text(f"{DRIFT} .tracelens-card h3")
     counts = shown.ask("[len(trace.x) for trace in smearing.figure.data]")
     assert shown.figure(SMEARING, "data.map((t) => t.x.length)") == counts
-    assert sum(counts) == shown.ask("len(smearing.pairs)") + 1 > 10_000
+    # Of very many pairs some are left out of the drawing.
+    assert sum(counts) == shown.ask("len(smearing._drawn)") + 1 > 10_000
     assert "of 4 have a safety CPFR" in shown.text(f"{SWEEP} .tracelens-answer")
     assert dark(shown) == silent(shown, 2.0) > 100
     assert shown.value(f"{nth(PATCHING, 0)}.data[1].z.flat().filter(Number.isFinite).length") == len(
@@ -87,7 +88,7 @@ def test_tau_changes_the_pairs_and_the_figure(shown):
 
 def test_fewer_bits_make_features_go_dark(shown):
     seen = []
-    for bits in ("8", "4", "3", "2"):
+    for bits in ("4", "2"):
         shown.set_slider(f"{MUTING} .tracelens-bits", bits)
         shown.wait_text(f"{MUTING} .tracelens-summary", f"At {bits} bits")
         shown.wait(f"tracelens.plot('{MUTING}')")
@@ -101,7 +102,8 @@ def test_fewer_bits_make_features_go_dark(shown):
 def test_a_point_of_the_scatter_shows_its_card_in_both_precisions(shown):
     shown.choose(f"{DRIFT} .tracelens-view", "activation: reference against quantized")
     shown.choose(f"{DRIFT} .tracelens-behaviour", "refusal")
-    shown.wait_text(f"{DRIFT} .tracelens-summary", "refusal")
+    n = shown.ask("int((explorer.live.behaviour == 'refusal').sum())")
+    shown.wait_text(f"{DRIFT} .tracelens-summary", f"{n} of ")
     before = shown.text(f"{DRIFT} .tracelens-card h3")
     trace = shown.ask("next(i for i, rows in enumerate(explorer._rows) if (explorer._shown[rows]).sum() > 3)")
     point = shown.ask(
@@ -196,5 +198,7 @@ def test_saved_and_opened_without_its_kernel_pictures_are_left(shown, lab):
         again.wait(f"[...document.querySelectorAll('{STILL} img')].every((e) => e.naturalWidth > 100)")
         assert again.count(f"{STILL} img") == len(WIDGETS)
         assert all("run this cell again" in text for text in again.page.locator(STILL).all_inner_texts())
-        again.no_widget_failed()
+        said = again.text(".jp-Notebook")
+        assert "Error displaying" not in said
+        assert "Loading widget" not in said
     assert saved < 10e6

@@ -207,3 +207,10 @@ def test_the_list_and_its_buttons_go_through_the_pairs():
     explorer.list.value = int(explorer.rows[5])
     assert explorer.selected == explorer.rows[5]
     assert str(SITE) in explorer.card.value or "blocks.2" in explorer.card.value
+
+
+def test_the_ring_around_the_chosen_pair_hides_no_pair():
+    explorer = SmearingExplorer(with_pairs(600))
+    *kinds, ring = explorer.figure.data
+    assert sum(len(trace.x) for trace in kinds) == len(drawn(explorer.pairs))
+    assert (len(ring.x), ring.customdata) == (1, None)

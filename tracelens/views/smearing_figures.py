@@ -143,6 +143,10 @@ def overview_panel(
             hovertemplate="%{text}<br>%{x:.3f} → %{y:.3f}<extra></extra>",
         )
         figure.add_trace(trace)
+    around = {"symbol": "circle-open", "size": 15, "color": CONTROL["random"], "line": {"width": 3}}
+    figure.add_trace(
+        marks(x=[], y=[], mode="markers", name="chosen", marker=around, hoverinfo="skip", showlegend=False)
+    )
     figure.update_xaxes(
         title_text="cosine of the pair in the reference", range=[min(-0.02, _least(pairs.cos_ref)), 1.02]
     )

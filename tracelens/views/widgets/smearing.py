@@ -232,8 +232,8 @@ class SmearingExplorer(Explorer):
             self.card.value = '<div class="tl-card"><p>No pair is chosen.</p></div>'
             self.place.value = ""
             return
-        ring.update(x=[float(self.pairs.cos_ref[row])], y=[float(self.pairs.cos_quant[row])])
         self.card.value = pair_card(self.report, self.pairs, row, self.tau.value, self.delta.value)
+        ring.update(x=[float(self.pairs.cos_ref[row])], y=[float(self.pairs.cos_quant[row])])
         at = np.flatnonzero(self.rows == row)
         where = f"{at[0] + 1:,} of {len(self.rows):,}" if len(at) else "not among the pairs listed"
         self.place.value = f'<span class="tl-line">{where}</span>'
@@ -248,8 +248,9 @@ class SmearingExplorer(Explorer):
                 self.group.value = self._group_of(row)
         finally:
             self._quiet = False
-        self._draw_group()
+        # The card first: the picture of a large group takes the browser longer.
         self._show_card()
+        self._draw_group()
 
     # What the user does.
 
