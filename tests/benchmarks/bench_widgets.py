@@ -99,6 +99,7 @@ WIDGETS = (
         "from tests.views.made_up_large import large_report\nfrom tracelens.views import FeatureDriftExplorer\n"
         "explorer = FeatureDriftExplorer(large_report(16_384)); explorer",
         (
+            Control("brush, from letting go", letting_go, text(f"{DRIFT} .tracelens-summary")),
             Control("next feature", pressing(".tracelens-next", "Enter"), text(f"{DRIFT} .tracelens-card h3")),
             Control("key in the list", pressing(".tracelens-list", "ArrowDown"), text(f"{DRIFT} .tracelens-card h3")),
             Control("filter", choosing(".tracelens-damage", "muted", "degraded", "survived", "all"), POINTS),
@@ -107,7 +108,6 @@ WIDGETS = (
                 choosing(".tracelens-view", *VIEWS),
                 YTITLE.format(DRIFT),
             ),
-            Control("brush, from letting go", letting_go, text(f"{DRIFT} .tracelens-summary")),
         ),
     ),
     Widget(
@@ -136,9 +136,10 @@ WIDGETS = (
         "explorer = PatchingExplorer({way: with_tokens(grid(sites=SITES, direction=way)) for way in ('repair', 'damage')}); explorer",
         (
             Control("site", choosing(f"{PATCHING} .tracelens-site", "mlp_out", "attn_out"), CELLS.format(PATCHING)),
-            Control("next place", pressing(f"{PATCHING} .tracelens-next", "Enter"), text(f"{PATCHING} .tracelens-card")),
+            Control("next place", clicking(f"{PATCHING} .tracelens-next", f"{PATCHING} .tracelens-previous"),
+                    text(f"{PATCHING} .tracelens-card")),
             Control("direction", clicking(*buttons(f"{PATCHING} .tracelens-direction")),
-                    f"document.querySelector('{PATCHING} .js-plotly-plot').textContent"),
+                    text(PATCHING)),
         ),
     ),
     Widget(
