@@ -8,7 +8,7 @@ r"""Widgets and pages as a person meets them: a real JupyterLab, a real browser,
             assert shown.ask("explorer.tau.value") == 0.6                      # Python in the kernel; `does` runs statements
             key = lambda: shown.press(".tracelens-tau", "ArrowRight")
             assert shown.latency(key, "document.querySelector('.tracelens-drift').innerText.includes('4 pairs')") < 150
-            shown.screenshot("/tmp/x.png")
+            shown.screenshot("x.png")
         assert not lab.blocked and not lab.server.sockets()                    # nothing asked for the network
 
 The first notebook of a module costs most (browser, JupyterLab, kernel with its imports); another takes a second, in the same page once the

@@ -167,6 +167,9 @@ class Shown:
                 "name => tracelens.command('apputils:change-theme', { theme: name }).then(() => true)", name
             )
             self.wait(f"document.body.dataset.jpThemeLight === '{str(not dark).lower()}'")
+            # JupyterLab covers the page meanwhile, and a second switch before the cover is gone makes it take it away twice, and throw.
+            self.page.wait_for_timeout(100)
+            self.wait("!document.getElementById('jupyterlab-splash')")
 
     def save(self) -> None:
         """Saves the notebook."""

@@ -8,6 +8,8 @@ import pytest
 
 from tests.views.made_up_evidence import S, made_up_evidence, report_with_evidence
 from tracelens.audit_report import PAIR_COLUMNS
+from tracelens.stats import wilson
+from tracelens.views.widgets.card_numbers import card_numbers, statistics_table
 from tracelens.views.widgets.drift_table import LiveFeatures, starts_of
 from tracelens.views.widgets.smearing_pairs import StoredPairs
 
@@ -57,3 +59,19 @@ def test_pairs_that_could_be_are_counted_by_kind():
                 kind = ("capability", "safety with capability", "safety with safety")[safe[a] + safe[b]]
                 expected[kind] += 1
     assert StoredPairs(report).possible == expected
+
+
+def test_a_feature_right_at_nine_tenths_is_muted():
+    report = report_with_evidence()
+    table = report.features.assign(muting_rate=[0.9, 0.8999, *[0.0] * (len(report.features) - 2)])
+    assert LiveFeatures(replace(report, features=table)).muted.tolist()[:2] == [True, False]
+
+
+def test_the_interval_of_novelty_is_over_what_the_quantized_model_fires():
+    report = report_with_evidence()
+    live = LiveFeatures(report)
+    numbers = card_numbers(report, live, S, 3)
+    numbers = replace(numbers, values=numbers.values | {"novelty": 0.5}, n_active=1000, n_quant=10)
+    row = statistics_table(report, live, numbers, S).split("novelty")[1]
+    found = wilson(5, 10)
+    assert f"[{found.low:.3f}, {found.high:.3f}]" in row

@@ -207,6 +207,12 @@ class TestStillPicture:
         equal = places[1] - places[0] == pytest.approx(places[2] - places[1])
         assert equal == (kind == "log")
 
+    def test_a_shape_that_it_cannot_draw_is_left_out(self):
+        figure = go.Figure(go.Scatter(x=[0, 1], y=[0, 1]))
+        plain = svg_of(figure)
+        figure.add_shape(type="path", path="M 0 0 L 1 1 Z")
+        assert svg_of(figure) == plain
+
     def test_categories_stand_in_order_and_long_ones_are_cut(self):
         names = ["first", "second", "a label much longer than any room there is for it beside the axis"]
         svg = svg_of(go.Figure(go.Bar(y=names, x=[1, 2, 3], orientation="h")))
